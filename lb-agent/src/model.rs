@@ -1,0 +1,115 @@
+//! What the agent wants the kernel to hold: the contract between the pure core and the map writer.
+//!
+//! [`crate::desired`] produces it from Kubernetes objects, [`crate::kernel`] writes the difference.
+
+use std::net::SocketAddr;
+use std::sync::Arc;
+use std::time::Duration;
+
+/// Transport protocol of a frontend.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum Protocol {
+    /// IP protocol 6.
+    Tcp,
+    /// IP protocol 17.
+    Udp,
+}
+
+impl Protocol {
+    /// The IP protocol number.
+    pub const fn number(self) -> u8 {
+        match self {
+            Self::Tcp => 6,
+            Self::Udp => 17,
+        }
+    }
+}
+
+impl std::fmt::Display for Protocol {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(match self {
+            Self::Tcp => "TCP",
+            Self::Udp => "UDP",
+        })
+    }
+}
+
+/// A Service's port: `namespace/name:port` (the port name may be empty).
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct ServicePort {
+    /// Namespace of the Service.
+    pub namespace: String,
+    /// Name of the Service.
+    pub name: String,
+    /// `spec.ports[].name`, empty where the only port has none.
+    pub port: String,
+}
+
+impl std::fmt::Display for ServicePort {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "{}/{}", self.namespace, self.name)?;
+        if !self.port.is_empty() {
+            write!(f, ":{}", self.port)?;
+        }
+        Ok(())
+    }
+}
+
+/// Where a frontend's address comes from.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum FrontendKind {
+    /// `spec.clusterIPs`.
+    ClusterIp,
+    /// `spec.ports[].nodePort` on one of the node's addresses.
+    NodePort,
+    /// `status.loadBalancer.ingress[].ip`.
+    LoadBalancer,
+    /// `spec.externalIPs`.
+    ExternalIp,
+}
+
+/// What packets are sent to: the key of a frontend.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct FrontendAddr {
+    /// Address and port (host representation; the map writer turns them into network order).
+    pub addr: SocketAddr,
+    /// Protocol.
+    pub protocol: Protocol,
+}
+
+/// One backend of a frontend.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct Endpoint {
+    /// Address and port that packets are sent on to.
+    pub addr: SocketAddr,
+    /// Whether it runs on this node: then an outside client's address is kept.
+    pub local: bool,
+}
+
+/// The endpoints that one class of clients may be sent to.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum EndpointSet {
+    /// Non-empty, sorted, no duplicates.
+    Endpoints(Arc<[Endpoint]>),
+    /// No endpoint anywhere: TCP reset / ICMP port unreachable.
+    Reject,
+    /// A `Local` policy without a local endpoint: dropped, so that clients try elsewhere.
+    Drop,
+}
+
+/// Everything the kernel has to know of one frontend.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Frontend {
+    /// The Service port that it belongs to.
+    pub service: ServicePort,
+    /// Where the address comes from.
+    pub kind: FrontendKind,
+    /// For pods of this node and its host processes.
+    pub internal: EndpointSet,
+    /// For everybody else.
+    pub external: EndpointSet,
+    /// `sessionAffinity: ClientIP` and its timeout.
+    pub affinity: Option<Duration>,
+    /// Masquerade whoever the client is (`--masquerade-all`).
+    pub masquerade_always: bool,
+}

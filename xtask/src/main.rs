@@ -1,0 +1,2 @@
+//! The builder tool.
+fn main() {}
