@@ -1,2 +1,36 @@
-//! The builder tool.
-fn main() {}
+//! `cargo xtask`: build, lab, demo, tests, benchmark, kernel matrix.
+
+use clap::Parser;
+
+/// The project's own tool.
+#[derive(Parser)]
+#[command(name = "cargo xtask", bin_name = "cargo xtask")]
+enum Cmd {
+    /// Build the kernel programs and the agent, installing the eBPF toolchain if there is none
+    Build(xtask::build::Args),
+    /// See the whole thing work: a two-node lab, real requests through every path
+    Demo(xtask::demo::Args),
+    /// Run every test
+    Test(xtask::test::Args),
+    /// Start, enter and stop a two-node lab by hand
+    Lab(xtask::lab::Args),
+    /// Boot other kernels in QEMU and test on them
+    VmTest(xtask::vm::Args),
+    /// Measure against kube-proxy's iptables rules
+    Bench(xtask::bench::Args),
+    /// The client and server used in the lab
+    #[command(hide = true)]
+    Probe(xtask::probe::Args),
+}
+
+fn main() -> anyhow::Result<()> {
+    match Cmd::parse() {
+        Cmd::Build(a) => xtask::build::run(a),
+        Cmd::Demo(a) => xtask::demo::run(a),
+        Cmd::Test(a) => xtask::test::run(a),
+        Cmd::Lab(a) => xtask::lab::run(a),
+        Cmd::VmTest(a) => xtask::vm::run(a),
+        Cmd::Bench(a) => xtask::bench::run(a),
+        Cmd::Probe(a) => xtask::probe::run(a),
+    }
+}

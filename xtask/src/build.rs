@@ -1,0 +1,10 @@
+//! Builds the kernel programs and the agent.
+
+/// Options of this subcommand.
+#[derive(Debug, clap::Args)]
+pub struct Args {}
+
+/// Runs the subcommand.
+pub fn run(_args: Args) -> anyhow::Result<()> {
+    anyhow::bail!("not built yet")
+}

@@ -1,0 +1,9 @@
+//! The builder's tool as a library: tests, demo, benchmark and the kernel matrix share one lab and one probe.
+
+pub mod bench;
+pub mod build;
+pub mod demo;
+pub mod lab;
+pub mod probe;
+pub mod test;
+pub mod vm;

@@ -1,0 +1,10 @@
+//! The client and server that lab, tests and demo send traffic with.
+
+/// Options of this subcommand.
+#[derive(Debug, clap::Args)]
+pub struct Args {}
+
+/// Runs the subcommand.
+pub fn run(_args: Args) -> anyhow::Result<()> {
+    anyhow::bail!("not built yet")
+}
