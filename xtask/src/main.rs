@@ -1,5 +1,7 @@
 //! `cargo xtask`: build, lab, demo, tests, benchmark, kernel matrix.
 
+use std::process::ExitCode;
+
 use clap::Parser;
 
 /// The project's own tool.
@@ -16,6 +18,9 @@ enum Cmd {
     Lab(xtask::lab::Args),
     /// Boot other kernels in QEMU and test on them
     VmTest(xtask::vm::Args),
+    /// What runs inside the guests of vm-test
+    #[command(hide = true)]
+    VmGuest(xtask::vm::guest::Args),
     /// Measure against kube-proxy's iptables rules
     Bench(xtask::bench::Args),
     /// The client and server used in the lab
@@ -23,14 +28,22 @@ enum Cmd {
     Probe(xtask::probe::Args),
 }
 
-fn main() -> anyhow::Result<()> {
-    match Cmd::parse() {
+fn main() -> ExitCode {
+    let result = match Cmd::parse() {
         Cmd::Build(a) => xtask::build::run(a),
         Cmd::Demo(a) => xtask::demo::run(a),
         Cmd::Test(a) => xtask::test::run(a),
         Cmd::Lab(a) => xtask::lab::run(a),
         Cmd::VmTest(a) => xtask::vm::run(a),
+        Cmd::VmGuest(a) => xtask::vm::guest::run(a),
         Cmd::Bench(a) => xtask::bench::run(a),
         Cmd::Probe(a) => xtask::probe::run(a),
+    };
+    match result {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(e) => {
+            eprintln!("error: {e:#}");
+            ExitCode::FAILURE
+        }
     }
 }
