@@ -16,7 +16,7 @@ pub struct Args {
 
 #[derive(Debug, Subcommand)]
 enum Command {
-    /// Start a lab that stays until it is taken down
+    /// Start a lab
     Up {
         /// Its name
         #[arg(default_value = "lab")]
@@ -24,6 +24,9 @@ enum Command {
         /// Pods on each node
         #[arg(long, default_value_t = 3)]
         pods: usize,
+        /// Keep it only while this command runs; otherwise it stays until it is taken down
+        #[arg(long)]
+        hold: bool,
     },
     /// Take a lab down, with all processes that run in it
     Down {
@@ -59,15 +62,20 @@ enum Command {
 /// Runs `lab`.
 pub fn run(args: Args) -> Result<()> {
     match args.command {
-        Command::Up { name, pods } => {
+        Command::Up { name, pods, hold } => {
             let lab = Lab::named(&name).pods(pods).build()?;
             let hosts = lab.hosts();
-            lab.keep()?;
             print_hosts(&hosts);
             println!("\ncargo xtask lab exec {name} n1p1 -- ping -c1 {}", hosts[0].v4);
             println!("ip netns exec {name}-n1 ip route        # or any other tool");
+            if hold {
+                // Ends by a signal; the reaper sees to the rest.
+                loop {
+                    std::thread::park();
+                }
+            }
             println!("cargo xtask lab down {name}");
-            Ok(())
+            lab.keep()
         }
         Command::Down { all: true, .. } => owner::labs().iter().try_for_each(|lab| owner::teardown(lab)),
         Command::Down { name, .. } => {
