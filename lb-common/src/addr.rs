@@ -42,10 +42,11 @@ impl NetPort {
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, Pod, Zeroable)]
 pub struct Ip4(u32);
 
-/// An IPv6 address in network order. Four words, not sixteen bytes: BPF loads are as wide as the alignment.
-#[repr(transparent)]
+/// An IPv6 address in network order. Two words, not sixteen bytes: BPF loads are as wide as the alignment, and a pair
+/// of scalars stays in registers (LLVM 22's BPF back end crashes on some block copies of a `[u32; 4]`).
+#[repr(C)]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, Pod, Zeroable)]
-pub struct Ip6([u32; 4]);
+pub struct Ip6(u64, u64);
 
 impl Ip4 {
     /// From the four bytes of the wire, read as a native integer.
@@ -62,16 +63,38 @@ impl Ip4 {
 }
 
 impl Ip6 {
-    /// From the sixteen bytes of the wire, read as four native integers.
+    /// From the sixteen bytes of the wire, read as two native integers.
     #[inline(always)]
-    pub const fn from_wire(raw: [u32; 4]) -> Self {
-        Self(raw)
+    pub const fn from_wire(high: u64, low: u64) -> Self {
+        Self(high, low)
     }
 
-    /// The sixteen bytes of the wire, as four native integers.
+    /// The sixteen bytes of the wire, as two native integers.
     #[inline(always)]
-    pub const fn wire(self) -> [u32; 4] {
-        self.0
+    pub const fn wire(self) -> (u64, u64) {
+        (self.0, self.1)
+    }
+
+    /// `::ffff:a.b.c.d` (RFC 4291, 2.5.5.2).
+    #[inline(always)]
+    pub const fn mapped(ip: Ip4) -> Self {
+        let low = if cfg!(target_endian = "little") {
+            0xffff_0000 | (ip.0 as u64) << 32
+        } else {
+            0xffff_0000_0000 | ip.0 as u64
+        };
+        Self(0, low)
+    }
+
+    /// The IPv4 address in a mapped one.
+    #[inline(always)]
+    pub const fn unmapped(self) -> Option<Ip4> {
+        let (head, ip) = if cfg!(target_endian = "little") {
+            (self.1 as u32, (self.1 >> 32) as u32)
+        } else {
+            (((self.1 >> 32) as u32).swap_bytes(), self.1 as u32)
+        };
+        if self.0 == 0 && head == 0xffff_0000 { Some(Ip4(ip)) } else { None }
     }
 }
 
@@ -89,19 +112,13 @@ impl From<Ip4> for Ipv4Addr {
 
 impl From<Ipv6Addr> for Ip6 {
     fn from(ip: Ipv6Addr) -> Self {
-        let o = ip.octets();
-        let word = |i: usize| u32::from_ne_bytes([o[i], o[i + 1], o[i + 2], o[i + 3]]);
-        Self([word(0), word(4), word(8), word(12)])
+        bytemuck::cast(ip.octets())
     }
 }
 
 impl From<Ip6> for Ipv6Addr {
     fn from(ip: Ip6) -> Self {
-        let mut o = [0u8; 16];
-        for (chunk, word) in o.chunks_exact_mut(4).zip(ip.0) {
-            chunk.copy_from_slice(&word.to_ne_bytes());
-        }
-        Self::from(o)
+        Self::from(bytemuck::cast::<Ip6, [u8; 16]>(ip))
     }
 }
 
@@ -114,5 +131,22 @@ impl From<Ip4> for IpAddr {
 impl From<Ip6> for IpAddr {
     fn from(ip: Ip6) -> Self {
         Self::V6(ip.into())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn addresses_keep_their_bytes() {
+        let v4 = Ipv4Addr::new(10, 96, 0, 1);
+        assert_eq!(bytemuck::cast::<Ip4, [u8; 4]>(v4.into()), [10, 96, 0, 1]);
+        let v6: Ipv6Addr = "fd00:10:96::1".parse().unwrap();
+        assert_eq!(bytemuck::cast::<Ip6, [u8; 16]>(v6.into()), v6.octets());
+        assert_eq!(Ipv6Addr::from(Ip6::mapped(v4.into())), v4.to_ipv6_mapped());
+        assert_eq!(Ip6::mapped(v4.into()).unmapped(), Some(v4.into()));
+        assert_eq!(Ip6::from(v6).unmapped(), None);
+        assert_eq!(bytemuck::cast::<NetPort, [u8; 2]>(NetPort::new(0x1234)), [0x12, 0x34]);
     }
 }

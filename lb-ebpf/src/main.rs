@@ -1,2 +1,27 @@
-//! programs
+//! The kernel programs. Only glue: the logic is in `lb_common`, where it runs under test.
+//!
+//! - [`tc`]: `ingress` and `egress`, attached to every pod veth, uplink and overlay device.
+//! - [`sockets`]: the cgroup hooks for host processes.
+//! - [`tables`]: the maps.
+#![cfg_attr(target_arch = "bpf", no_std, no_main)]
+
+#[cfg(target_arch = "bpf")]
+mod tables;
+#[cfg(target_arch = "bpf")]
+mod tc;
+
+#[cfg(target_arch = "bpf")]
+#[panic_handler]
+fn panic(_: &core::panic::PanicInfo<'_>) -> ! {
+    loop {}
+}
+
+/// The kernel takes only programs under a licence that it knows; some helpers are for GPL-compatible ones.
+#[cfg(target_arch = "bpf")]
+#[unsafe(link_section = "license")]
+#[unsafe(no_mangle)]
+static LICENSE: [u8; 13] = *b"Dual MIT/GPL\0";
+
+/// Cargo builds every member for the host too; there is nothing to run there.
+#[cfg(not(target_arch = "bpf"))]
 fn main() {}

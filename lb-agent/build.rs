@@ -1,0 +1,24 @@
+//! Compiles the kernel programs and leaves them where `include_bytes!` finds them.
+
+use anyhow::{Context as _, Result};
+use std::path::{Path, PathBuf};
+
+fn main() -> Result<()> {
+    println!("cargo:rerun-if-env-changed=LB_EBPF_SKIP");
+    let out = PathBuf::from(std::env::var_os("OUT_DIR").context("OUT_DIR")?).join("lb-ebpf.o");
+    // docs.rs has no network, and a documentation build needs no programs.
+    if std::env::var_os("DOCS_RS").is_some() || std::env::var_os("LB_EBPF_SKIP").is_some_and(|v| v == "1") {
+        println!("cargo:warning=the kernel programs are left out of this build; lb-agent will refuse to run");
+        std::fs::write(out, b"")?;
+        return Ok(());
+    }
+    let root = Path::new(env!("CARGO_MANIFEST_DIR")).parent().context("the workspace")?;
+    for watched in ["lb-ebpf", "lb-common", "Cargo.lock", "Cargo.toml"] {
+        println!("cargo:rerun-if-changed={}", root.join(watched).display());
+    }
+    let target = root.join("target");
+    let toolchain = lb_toolchain::Toolchain::find_or_install(&target.join("tools"))?;
+    let object = toolchain.build(root, "lb-ebpf", &target.join("ebpf"))?;
+    std::fs::copy(&object, &out).with_context(|| format!("copy {}", object.display()))?;
+    Ok(())
+}

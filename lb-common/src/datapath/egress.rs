@@ -1,0 +1,83 @@
+//! The egress hook: sources.
+
+use super::ingress::done;
+use super::masquerade;
+use super::parse::{Headers, Kind, NotOurs, Wire, parse};
+use super::rewrite::{End, rewrite};
+use super::{FlowRef, Outcome, Packet, Put, Reason, Tables, Verdict, icmp_error};
+use crate::maps::{Addr, Flow, Side};
+
+/// A packet leaves by a device.
+#[inline(always)]
+pub fn egress<A: Wire, P: Packet, K: Tables<A>>(packet: &mut P, kernel: &K) -> Verdict {
+    let headers = match parse::<A, P>(packet) {
+        Ok(headers) => headers,
+        Err(NotOurs::Other) => return Verdict::Pass,
+        Err(NotOurs::Fragment) => {
+            kernel.count(Reason::FragmentPassed);
+            return Verdict::Pass;
+        }
+    };
+    if headers.kind == Kind::IcmpError {
+        return Verdict::from_raw(icmp_error::at_egress(packet, kernel, &headers));
+    }
+    match kernel.flow(&headers.key) {
+        Some(entry) => known(packet, kernel, &headers, &entry),
+        None => Verdict::from_raw(unknown(packet, kernel, &headers)),
+    }
+}
+
+/// No entry: lost, or the first packet of a flow that only has to be masqueraded, or nothing of ours.
+#[inline(never)]
+fn unknown<A: Wire, P: Packet, K: Tables<A>>(packet: &mut P, kernel: &K, headers: &Headers<A>) -> Outcome {
+    match kernel.flow(&headers.key.reversed()) {
+        Some(twin) => match repair(kernel, headers, twin.get()) {
+            Some(entry) => known(packet, kernel, headers, &entry).raw(),
+            None => Verdict::Pass.raw(),
+        },
+        None => masquerade::new_flow(packet, kernel, headers),
+    }
+}
+
+/// What the entry says.
+#[inline(always)]
+fn known<A: Wire, P: Packet, K: Tables<A>>(
+    packet: &mut P,
+    kernel: &K,
+    headers: &Headers<A>,
+    entry: &FlowRef<'_, A>,
+) -> Verdict {
+    let flow = entry.get();
+    let (addr, port) = match Side::from_raw(flow.side) {
+        Some(Side::Reply) => (flow.vip, flow.vip_port),
+        Some(Side::Forward) if flow.flags & Flow::<A>::MASQ_DONE != 0 => (flow.masq, flow.masq_port),
+        Some(Side::Forward) => {
+            entry.seen(kernel.now(), headers.state());
+            if flow.flags & (Flow::<A>::MASQ_NEEDED | Flow::<A>::MASQ_UNDECIDED) == 0 {
+                return Verdict::Pass;
+            }
+            return Verdict::from_raw(masquerade::decide(packet, kernel, headers, entry));
+        }
+        // Entries of the ingress hook: a packet that has not been through it.
+        Some(Side::Front | Side::Back) | None => return Verdict::Pass,
+    };
+    entry.seen(kernel.now(), headers.state());
+    done(rewrite(packet, headers, End::Source, addr, port))
+}
+
+/// The entry is missing: if it belongs to a translated flow, the entry of the other direction tells. (A reply that
+/// went out with the backend's address would make its receiver reset the connection.)
+#[inline(always)]
+fn repair<'k, A: Addr, K: Tables<A>>(kernel: &'k K, headers: &Headers<A>, twin: &Flow<A>) -> Option<FlowRef<'k, A>> {
+    if twin.flags & Flow::<A>::DNAT == 0 {
+        return None;
+    }
+    let side = match Side::from_raw(twin.side) {
+        Some(Side::Forward) => Side::Reply,
+        Some(Side::Reply) => Side::Forward,
+        _ => return None,
+    };
+    kernel.put_flow(&headers.key, &twin.as_side(side), Put::New).ok()?;
+    kernel.count(Reason::Repaired);
+    kernel.flow(&headers.key)
+}

@@ -1,0 +1,104 @@
+//! ICMP errors: the packet that an error quotes is one of a flow that we translate, seen from the other side.
+//!
+//! Look the *reversed* quoted tuple up: its entry says what this hook would do to a packet that travels the way the
+//! error does. The same is done to the quoted packet's opposite end, and to the outer address where that is the
+//! one being translated. Without this, path MTU discovery fails behind every NodePort (RFC 1191, RFC 8201,
+//! nf_nat_icmp_reply_translation).
+
+use super::ingress::done;
+use super::parse::{Headers, Kind, Wire, checksum_offset, parse_quoted};
+use super::rewrite::{End, rewrite};
+use super::{Covered, Outcome, Packet, Reason, Tables, Verdict};
+use crate::addr::NetPort;
+use crate::checksum::{Sum, update};
+use crate::maps::{Flow, Side};
+
+/// Length of the ICMP header in front of the quoted packet.
+const ICMP_HEADER: usize = 8;
+
+/// See [`translate`].
+#[inline(never)]
+pub(super) fn at_ingress<A: Wire, P: Packet, K: Tables<A>>(packet: &mut P, kernel: &K, outer: &Headers<A>) -> Outcome {
+    translate(packet, kernel, outer, End::Destination).raw()
+}
+
+/// See [`translate`].
+#[inline(never)]
+pub(super) fn at_egress<A: Wire, P: Packet, K: Tables<A>>(packet: &mut P, kernel: &K, outer: &Headers<A>) -> Outcome {
+    translate(packet, kernel, outer, End::Source).raw()
+}
+
+/// `end` is what the hook may rewrite: the destination at ingress, the source at egress.
+#[inline(always)]
+fn translate<A: Wire, P: Packet, K: Tables<A>>(
+    packet: &mut P,
+    kernel: &K,
+    outer: &Headers<A>,
+    end: End,
+) -> Verdict {
+    let at = outer.l4 + ICMP_HEADER;
+    let Ok(quoted) = parse_quoted::<A, P>(packet, at) else { return Verdict::Pass };
+    let Some(entry) = kernel.flow(&quoted.key.reversed()) else { return Verdict::Pass };
+    let flow = entry.get();
+    let new = match (end, Side::from_raw(flow.side)) {
+        (End::Destination, Some(Side::Front)) => (flow.backend, flow.backend_port),
+        (End::Destination, Some(Side::Back)) => (flow.client, flow.client_port),
+        (End::Source, Some(Side::Reply)) => (flow.vip, flow.vip_port),
+        (End::Source, Some(Side::Forward)) if flow.flags & Flow::<A>::MASQ_DONE != 0 => (flow.masq, flow.masq_port),
+        _ => return Verdict::Pass,
+    };
+    done(apply(packet, outer, &quoted, at, end, new))
+}
+
+#[inline(always)]
+fn apply<A: Wire, P: Packet>(
+    packet: &mut P,
+    outer: &Headers<A>,
+    quoted: &Headers<A>,
+    at: usize,
+    end: End,
+    (addr, port): (A, NetPort),
+) -> Result<(), Reason> {
+    let opposite = match end {
+        End::Source => End::Destination,
+        End::Destination => End::Source,
+    };
+    let (old_addr, old_port) = opposite.of(quoted);
+    let addr_change = A::diff(old_addr, addr);
+    let port_change = Sum::diff16(old_port.wire(), port.wire());
+    // What all this does to the ICMP checksum, which covers the quoted packet.
+    let mut total = addr_change.plus(port_change);
+    packet.store(at + opposite.addr_offset::<A>(), &addr)?;
+    packet.store(quoted.l4 + opposite.port_offset(quoted.kind), &port)?;
+    if let Some(offset) = A::CHECKSUM {
+        total = total.plus(patch(packet, at + offset, addr_change)?);
+    }
+    let covered = match quoted.kind {
+        Kind::EchoRequest | Kind::EchoReply if A::IS_V4 => port_change,
+        _ => addr_change.plus(port_change),
+    };
+    // Only the first eight bytes are sure to be quoted; TCP's checksum lies behind them.
+    let checksum = quoted.l4 + checksum_offset(quoted.kind);
+    if packet.load::<u16>(checksum).is_some_and(|c| c != 0 || quoted.kind != Kind::Udp) {
+        total = total.plus(patch(packet, checksum, covered)?);
+    }
+    packet.l4_checksum(
+        outer.l4 + checksum_offset(outer.kind),
+        total,
+        Covered { pseudo_header: false, zero_is_none: false },
+    )?;
+    let (outer_addr, outer_port) = end.of(outer);
+    if outer_addr == old_addr {
+        rewrite(packet, outer, end, addr, outer_port)?;
+    }
+    Ok(())
+}
+
+/// Updates a quoted checksum and returns by how much it changed.
+#[inline(always)]
+fn patch<P: Packet>(packet: &mut P, offset: usize, change: Sum) -> Result<Sum, Reason> {
+    let old: u16 = packet.load(offset).ok_or(Reason::Malformed)?;
+    let new = update(old, change);
+    packet.store(offset, &new)?;
+    Ok(Sum::diff16(old, new))
+}

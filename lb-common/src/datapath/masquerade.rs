@@ -1,0 +1,141 @@
+//! Source translation: whether, to which address, and a port for it.
+
+use super::ingress::done;
+use super::parse::{Headers, Kind, Wire, tcp_flags};
+use super::rewrite::{End, rewrite};
+use super::{FlowRef, Outcome, Packet, Put, PutError, Reason, Tables, Verdict};
+use crate::addr::NetPort;
+use crate::maps::{Addr, Device, Flow, Side, cidr};
+
+/// Ports tried before giving up. With one port in two taken, one new flow in four billion fails.
+const PORT_TRIES: u32 = 32;
+
+/// A packet of no known flow leaves: does it start one that has to be masqueraded?
+#[inline(always)]
+pub(super) fn new_flow<A: Wire, P: Packet, K: Tables<A>>(
+    packet: &mut P,
+    kernel: &K,
+    headers: &Headers<A>,
+) -> Outcome {
+    let Some(device) = kernel.device() else { return Verdict::Pass.raw() };
+    if !starts(headers) || !wanted(kernel, headers, device) {
+        return Verdict::Pass.raw();
+    }
+    let key = &headers.key;
+    let mut flow = Flow {
+        client: key.src,
+        vip: key.dst,
+        backend: key.dst,
+        masq: key.src,
+        client_port: key.sport,
+        vip_port: key.dport,
+        backend_port: key.dport,
+        masq_port: key.sport,
+        last_seen: kernel.now(),
+        backend_id: 0,
+        backend_epoch: 0,
+        service: 0,
+        proto: key.proto,
+        side: 0,
+        flags: 0,
+        state: 0,
+        pad: 0,
+    };
+    if let Err(reason) = take_port(kernel, &mut flow, device) {
+        return Verdict::Drop(reason).raw();
+    }
+    flow.side = Side::Forward as u8;
+    if kernel.put_flow(key, &flow, Put::Any).is_err() {
+        kernel.remove_flow(&flow.key(Side::Back));
+        return Verdict::Drop(Reason::FlowTableFull).raw();
+    }
+    kernel.count(Reason::NewFlow);
+    done(rewrite(packet, headers, End::Source, flow.masq, flow.masq_port)).raw()
+}
+
+/// The first packet of a translated flow leaves by the device that decides.
+#[inline(never)]
+pub(super) fn decide<A: Wire, P: Packet, K: Tables<A>>(
+    packet: &mut P,
+    kernel: &K,
+    headers: &Headers<A>,
+    entry: &FlowRef<'_, A>,
+) -> Outcome {
+    let mut flow = *entry.get();
+    let Some(device) = kernel.device() else { return Verdict::Pass.raw() };
+    if flow.flags & Flow::<A>::MASQ_NEEDED == 0 && !wanted(kernel, headers, device) {
+        entry.set_masquerade(flow.flags & Flow::<A>::DNAT, flow.client, flow.client_port);
+        return Verdict::Pass.raw();
+    }
+    if let Err(reason) = take_port(kernel, &mut flow, device) {
+        return Verdict::Drop(reason).raw();
+    }
+    entry.set_masquerade(flow.flags, flow.masq, flow.masq_port);
+    done(rewrite(packet, headers, End::Source, flow.masq, flow.masq_port)).raw()
+}
+
+/// A reset or an echo reply of an unknown flow is an end, not a beginning. Other mid-flow TCP is picked up, as
+/// nf_conntrack does: it cannot leave with a pod's address anyway.
+#[inline(always)]
+fn starts<A>(headers: &Headers<A>) -> bool {
+    match headers.kind {
+        Kind::Tcp(flags) => flags & tcp_flags::RST == 0,
+        Kind::Udp | Kind::EchoRequest => true,
+        Kind::EchoReply | Kind::IcmpError => false,
+    }
+}
+
+/// flannel's rule: from a pod of the cluster to anywhere else.
+#[inline(always)]
+fn wanted<A: Addr, K: Tables<A>>(kernel: &K, headers: &Headers<A>, device: &Device) -> bool {
+    let (src, dst) = (headers.key.src, headers.key.dst);
+    device.flags & Device::MASQUERADE != 0
+        && src != A::masquerade_addr(device)
+        && kernel.cidr(src) & cidr::CLUSTER != 0
+        && !dst.is_local_scope()
+        && kernel.cidr(dst) & (cidr::CLUSTER | cidr::NO_MASQUERADE) == 0
+}
+
+/// Takes a free port of the device's address for the flow, and enters [`Side::Back`] under it.
+///
+/// The candidates follow from the hash of the tuple. So a flow whose forward entry was lost finds its own port
+/// again: the first candidate that is taken by itself.
+#[inline(always)]
+fn take_port<A: Addr, K: Tables<A>>(kernel: &K, flow: &mut Flow<A>, device: &Device) -> Result<(), Reason> {
+    let addr = A::masquerade_addr(device);
+    if addr == A::default() {
+        return Err(Reason::NoMasqueradeAddress);
+    }
+    let (first, last) = kernel.masquerade_ports();
+    let span = u32::from(last).wrapping_sub(u32::from(first)).wrapping_add(1);
+    let hash = flow.key(Side::Forward).hash(kernel.hash_seed());
+    // An odd stride spreads the tries of neighbours that start at the same candidate.
+    let stride = (hash >> 16) | 1;
+    flow.masq = addr;
+    flow.flags = flow.flags & Flow::<A>::DNAT | Flow::<A>::MASQ_DONE;
+    flow.side = Side::Back as u8;
+    flow.state = 0;
+    let mut at = hash;
+    for _ in 0..PORT_TRIES {
+        at = at.wrapping_add(stride.wrapping_mul(0x9e37_79b1));
+        let port = first.wrapping_add(((at as u64 * span as u64) >> 32) as u16);
+        if kernel.port_reserved(port) {
+            continue;
+        }
+        flow.masq_port = NetPort::new(port);
+        let back = flow.key(Side::Back);
+        if flow.proto != A::ICMP && kernel.socket_wants(&back) {
+            continue;
+        }
+        match kernel.put_flow(&back, flow, Put::New) {
+            Ok(()) => return Ok(()),
+            Err(PutError::Full) => return Err(Reason::FlowTableFull),
+            Err(PutError::Taken) => {
+                if kernel.flow(&back).is_some_and(|other| other.get().same_origin(flow)) {
+                    return Ok(());
+                }
+            }
+        }
+    }
+    Err(Reason::MasqueradePortsExhausted)
+}

@@ -1,0 +1,304 @@
+//! The logic of the tc programs.
+//!
+//! One rule: an ingress hook may rewrite a packet's destination, an egress hook its source; nothing else. See
+//! `docs/design.md`. Generic over the family ([`Addr`]), the packet ([`Packet`]) and what surrounds it ([`Kernel`]).
+
+mod choose;
+mod egress;
+mod icmp_error;
+mod ingress;
+mod masquerade;
+mod parse;
+mod reject;
+mod rewrite;
+#[cfg(test)]
+mod tests;
+
+use crate::addr::NetPort;
+use crate::checksum::Sum;
+use crate::maps::{Addr, Device, Flow, FlowKey, Frontend, FrontendKey, Slot, SlotKey};
+use bytemuck::Pod;
+use core::marker::PhantomData;
+use core::ptr::NonNull;
+
+pub use egress::egress;
+pub use ingress::ingress;
+pub use parse::Wire;
+pub use reject::{Reshape, reject};
+
+/// What becomes of a packet.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Verdict {
+    /// On its way, rewritten or not.
+    Pass,
+    /// Gone, and counted under this reason.
+    Drop(Reason),
+    /// Answered with a TCP reset or an ICMP port unreachable, which replaces it and leaves where it came in.
+    Reject(Reason),
+}
+
+/// A [`Verdict`] in one register: BPF functions that are not inlined can return no more.
+///
+/// The paths that are not every packet's are functions of their own, so that their variables do not add up on the
+/// 512-byte stack.
+pub(crate) type Outcome = u32;
+
+impl Verdict {
+    /// As [`Outcome`].
+    #[inline(always)]
+    pub(crate) const fn raw(self) -> Outcome {
+        match self {
+            Self::Pass => 0,
+            Self::Drop(reason) => 0x100 | reason as u32,
+            Self::Reject(reason) => 0x200 | reason as u32,
+        }
+    }
+
+    /// From [`Outcome`].
+    #[inline(always)]
+    pub(crate) fn from_raw(raw: Outcome) -> Self {
+        let reason = Reason::from_index(raw & 0xff);
+        match raw & 0x300 {
+            0x100 => Self::Drop(reason),
+            0x200 => Self::Reject(reason),
+            _ => Self::Pass,
+        }
+    }
+}
+
+/// Why a packet was dropped, or what else happened that is worth a counter: the index of the per-CPU counters.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(u32)]
+pub enum Reason {
+    /// No endpoint anywhere: rejected.
+    NoEndpoint = 0,
+    /// A `Local` policy and no endpoint here: dropped.
+    NoLocalEndpoint,
+    /// The flow table is full: a new flow was dropped.
+    FlowTableFull,
+    /// No free port to masquerade to: dropped.
+    MasqueradePortsExhausted,
+    /// The device has no address of the family to masquerade to: dropped.
+    NoMasqueradeAddress,
+    /// A reply to a masquerade port whose flow is not known: dropped, so that the node does not reset it.
+    UnknownMasquerade,
+    /// A frontend's slot was missing twice: dropped. Must stay zero.
+    SlotMissing,
+    /// Another flow has the same tuple after translation: dropped.
+    Collision,
+    /// A checksum or store helper failed, or a header was cut short: dropped.
+    Malformed,
+    /// The kernel would not make room for a rejection: dropped.
+    RejectFailed,
+    /// Not dropped: a mid-flow TCP packet to a frontend without a flow was left to the host.
+    MidFlowPassed,
+    /// Not dropped: a later fragment was left to the host.
+    FragmentPassed,
+    /// Not dropped: a lost flow entry was made again from another.
+    Repaired,
+    /// Not dropped: a new flow was entered.
+    NewFlow,
+    /// Not dropped: a UDP flow left a backend that is gone.
+    BackendGone,
+}
+
+impl Reason {
+    /// All of them, in the counters' order.
+    pub const ALL: [Self; 15] = [
+        Self::NoEndpoint,
+        Self::NoLocalEndpoint,
+        Self::FlowTableFull,
+        Self::MasqueradePortsExhausted,
+        Self::NoMasqueradeAddress,
+        Self::UnknownMasquerade,
+        Self::SlotMissing,
+        Self::Collision,
+        Self::Malformed,
+        Self::RejectFailed,
+        Self::MidFlowPassed,
+        Self::FragmentPassed,
+        Self::Repaired,
+        Self::NewFlow,
+        Self::BackendGone,
+    ];
+
+    /// From the counter's index.
+    #[inline(always)]
+    pub const fn from_index(index: u32) -> Self {
+        // A match, not a look-up in a table: constant data costs a map look-up in BPF.
+        match index {
+            0 => Self::NoEndpoint,
+            1 => Self::NoLocalEndpoint,
+            2 => Self::FlowTableFull,
+            3 => Self::MasqueradePortsExhausted,
+            4 => Self::NoMasqueradeAddress,
+            5 => Self::UnknownMasquerade,
+            6 => Self::SlotMissing,
+            7 => Self::Collision,
+            9 => Self::RejectFailed,
+            10 => Self::MidFlowPassed,
+            11 => Self::FragmentPassed,
+            12 => Self::Repaired,
+            13 => Self::NewFlow,
+            14 => Self::BackendGone,
+            _ => Self::Malformed,
+        }
+    }
+
+    /// The name in metrics and tools.
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::NoEndpoint => "no_endpoint",
+            Self::NoLocalEndpoint => "no_local_endpoint",
+            Self::FlowTableFull => "flow_table_full",
+            Self::MasqueradePortsExhausted => "masquerade_ports_exhausted",
+            Self::NoMasqueradeAddress => "no_masquerade_address",
+            Self::UnknownMasquerade => "unknown_masquerade",
+            Self::SlotMissing => "slot_missing",
+            Self::Collision => "collision",
+            Self::Malformed => "malformed",
+            Self::RejectFailed => "reject_failed",
+            Self::MidFlowPassed => "mid_flow_passed",
+            Self::FragmentPassed => "fragment_passed",
+            Self::Repaired => "repaired",
+            Self::NewFlow => "new_flow",
+            Self::BackendGone => "backend_gone",
+        }
+    }
+
+    /// Whether packets counted here are gone.
+    pub const fn is_drop(self) -> bool {
+        (self as u32) < Self::MidFlowPassed as u32
+    }
+}
+
+/// A packet that starts with an Ethernet header. Offsets are from its first byte.
+pub trait Packet {
+    /// Reads at an offset known at compile time.
+    fn read<T: Pod>(&self, offset: usize) -> Option<T>;
+    /// Reads at any offset.
+    fn load<T: Pod>(&self, offset: usize) -> Option<T>;
+    /// Writes at any offset. Checksums are the caller's business.
+    fn store<T: Pod>(&mut self, offset: usize, value: &T) -> Result<(), Reason>;
+    /// Applies a change of the data to the IPv4 header checksum at `offset`.
+    fn l3_checksum(&mut self, offset: usize, change: Sum) -> Result<(), Reason>;
+    /// Applies a change to the transport checksum at `offset`. Knows that packets not yet checksummed by the
+    /// hardware (`CHECKSUM_PARTIAL`) hold only the pseudo header's sum there.
+    fn l4_checksum(&mut self, offset: usize, change: Sum, of: Covered) -> Result<(), Reason>;
+}
+
+/// What part of the data covered by a transport checksum a change was made to.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Covered {
+    /// An address, which is in the pseudo header.
+    pub pseudo_header: bool,
+    /// A checksum of zero means that there is none (UDP over IPv4).
+    pub zero_is_none: bool,
+}
+
+/// Where the logic meets the maps and helpers.
+pub trait Kernel {
+    /// Seed of all hashes; the same for the life of the node, so that choices can be made again.
+    fn hash_seed(&self) -> u32;
+    /// First and last port to masquerade to, host order.
+    fn masquerade_ports(&self) -> (u16, u16);
+    /// Seconds of the monotonic clock, cheap.
+    fn now(&self) -> u32;
+    /// The device that the hook is on.
+    fn device(&self) -> Option<&Device>;
+    /// Adds one to a counter.
+    fn count(&self, reason: Reason);
+    /// The present epoch of a liveness entry.
+    fn backend_epoch(&self, id: u32) -> u32;
+    /// Whether the node reserves that port (host order).
+    fn port_reserved(&self, port: u16) -> bool;
+}
+
+/// The maps and helpers of one family.
+pub trait Tables<A: Addr>: Kernel {
+    /// Looks a flow entry up.
+    fn flow(&self, key: &FlowKey<A>) -> Option<FlowRef<'_, A>>;
+    /// Enters a flow entry.
+    fn put_flow(&self, key: &FlowKey<A>, flow: &Flow<A>, how: Put) -> Result<(), PutError>;
+    /// Removes a flow entry if it is there.
+    fn remove_flow(&self, key: &FlowKey<A>);
+    /// Looks a frontend up.
+    fn frontend(&self, key: &FrontendKey<A>) -> Option<&Frontend>;
+    /// Looks a slot up.
+    fn slot(&self, key: &SlotKey) -> Option<&Slot<A>>;
+    /// The bits of [`crate::maps::cidr`] that hold for an address.
+    fn cidr(&self, addr: A) -> u32;
+    /// Whether a socket of the node would take a packet with this tuple.
+    fn socket_wants(&self, key: &FlowKey<A>) -> bool;
+}
+
+/// How to enter a flow entry.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Put {
+    /// Only if the key is free.
+    New,
+    /// Whatever was there.
+    Any,
+}
+
+/// Why an entry was not made.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum PutError {
+    /// The key is taken.
+    Taken,
+    /// The table is full.
+    Full,
+}
+
+/// A flow entry in place. Other CPUs may read and write it meanwhile: each field is a word of its own, and every
+/// value that can be met is a valid one.
+#[derive(Clone, Copy)]
+pub struct FlowRef<'a, A> {
+    at: NonNull<Flow<A>>,
+    table: PhantomData<&'a Flow<A>>,
+}
+
+impl<'a, A: Addr> FlowRef<'a, A> {
+    /// # Safety
+    /// `at` points to a flow entry that stays readable and writable for `'a`.
+    #[inline(always)]
+    pub unsafe fn new(at: NonNull<Flow<A>>) -> Self {
+        Self { at, table: PhantomData }
+    }
+
+    /// The entry.
+    #[inline(always)]
+    pub fn get(&self) -> &'a Flow<A> {
+        // SAFETY: see `new`.
+        unsafe { self.at.as_ref() }
+    }
+
+    /// Notes that a packet went by. Writes once a second and on a change, so that an established flow's cache line
+    /// stays shared.
+    #[inline(always)]
+    pub fn seen(&self, now: u32, state: u8) {
+        let flow = self.at.as_ptr();
+        // SAFETY: see `new`; a lost race between two packets of one flow costs at most a second of its lifetime.
+        unsafe {
+            if (*flow).last_seen != now {
+                (*flow).last_seen = now;
+            }
+            if state != 0 && (*flow).state & state != state {
+                (*flow).state |= state;
+            }
+        }
+    }
+
+    /// Notes the outcome of the masquerade decision.
+    #[inline(always)]
+    pub fn set_masquerade(&self, flags: u8, masq: A, port: NetPort) {
+        let flow = self.at.as_ptr();
+        // SAFETY: see `new`. The address is written before the flag that makes it valid; packets of one flow that
+        // race here come to the same result, because ports are chosen by hash.
+        unsafe {
+            (*flow).masq = masq;
+            (*flow).masq_port = port;
+            (*flow).flags = flags;
+        }
+    }
+}

@@ -1,0 +1,373 @@
+//! From bytes to a tuple. Bounded, and never past the end.
+
+use super::Packet;
+use crate::addr::{Ip4, Ip6, NetPort};
+use crate::maps::{Addr, FlowKey};
+use crate::checksum::Sum;
+use bytemuck::{Pod, Zeroable};
+
+/// Length of the Ethernet header.
+pub(super) const ETH: usize = 14;
+const TCP: u8 = 6;
+const UDP: u8 = 17;
+
+/// What a packet is to us.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Kind {
+    /// TCP with its flag byte.
+    Tcp(u8),
+    Udp,
+    EchoRequest,
+    EchoReply,
+    /// An ICMP error, whose tuple is in the packet that it quotes.
+    IcmpError,
+}
+
+pub(super) mod tcp_flags {
+    pub(in super::super) const FIN: u8 = 1;
+    pub(in super::super) const SYN: u8 = 2;
+    pub(in super::super) const RST: u8 = 4;
+    pub(in super::super) const ACK: u8 = 16;
+}
+
+/// The headers of a packet that may be ours.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Headers<A> {
+    pub(super) key: FlowKey<A>,
+    pub(super) kind: Kind,
+    /// Offset of the transport header.
+    pub(super) l4: usize,
+}
+
+/// Why there are no [`Headers`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum NotOurs {
+    /// Another protocol, neighbour discovery, nonsense: none of our business.
+    Other,
+    /// A fragment without ports.
+    Fragment,
+}
+
+impl<A> Headers<A> {
+    /// Whether this packet may start a flow.
+    #[inline(always)]
+    pub(super) fn starts_flow(&self) -> bool {
+        match self.kind {
+            Kind::Tcp(flags) => flags & (tcp_flags::SYN | tcp_flags::ACK) == tcp_flags::SYN,
+            Kind::Udp | Kind::EchoRequest => true,
+            Kind::EchoReply | Kind::IcmpError => false,
+        }
+    }
+
+    /// The [`crate::maps::Flow`] state bits that this packet sets.
+    #[inline(always)]
+    pub(super) fn state(&self) -> u8 {
+        match self.kind {
+            // FIN and RST are bits 0 and 2 in the header, 0 and 1 in the entry.
+            Kind::Tcp(flags) => flags & tcp_flags::FIN | (flags & tcp_flags::RST) >> 1,
+            _ => 0,
+        }
+    }
+}
+
+#[repr(C)]
+#[derive(Clone, Copy, Pod, Zeroable)]
+pub struct Ipv4Header {
+    version_ihl: u8,
+    tos: u8,
+    total_len: u16,
+    id: u16,
+    fragment: u16,
+    ttl: u8,
+    proto: u8,
+    checksum: u16,
+    src: Ip4,
+    dst: Ip4,
+}
+
+#[repr(C)]
+#[derive(Clone, Copy, Pod, Zeroable)]
+pub struct Ipv6Header {
+    version_class_label: u32,
+    payload_len: u16,
+    next: u8,
+    hop_limit: u8,
+    src: Ip6,
+    dst: Ip6,
+}
+
+/// What the IP header says, whatever the family.
+#[derive(Clone, Copy)]
+pub(super) struct IpHeader<A> {
+    pub(super) src: A,
+    pub(super) dst: A,
+    pub(super) proto: u8,
+    /// Length with options or extension headers.
+    pub(super) len: usize,
+    /// Whether `len` is the plain header's, so that the transport header's offset is a constant.
+    pub(super) plain: bool,
+}
+
+/// The part of the family that is about bytes.
+pub trait Wire: Addr {
+    /// Length of the header without options.
+    const HEADER: usize;
+    /// Offset of the source address in the header.
+    const SRC: usize;
+    /// Offset of the destination address in the header.
+    const DST: usize;
+    /// Offset of the header checksum, if there is one.
+    const CHECKSUM: Option<usize>;
+    /// The bytes of a plain header.
+    type Header: Pod;
+    /// A plain header with its checksum, if it has one.
+    fn header(src: Self, dst: Self, proto: u8, payload: u16, ttl: u8) -> Self::Header;
+    /// The sum over the plain header of a packet.
+    fn sum_header<P: Packet>(packet: &P) -> Option<Sum>;
+    #[doc(hidden)]
+    #[expect(private_interfaces, reason = "sealed: only the two address types implement it")]
+    fn ip_header<P: Packet>(packet: &P, at: At) -> Result<IpHeader<Self>, NotOurs>;
+}
+
+/// Where the IP header is: at the packet's start, or quoted in an ICMP error.
+#[derive(Clone, Copy)]
+pub(super) enum At {
+    Outer,
+    Quoted(usize),
+}
+
+#[inline(always)]
+fn get<P: Packet, T: Pod>(packet: &P, at: At) -> Result<T, NotOurs> {
+    match at {
+        At::Outer => packet.read(ETH),
+        At::Quoted(offset) => packet.load(offset),
+    }
+    .ok_or(NotOurs::Other)
+}
+
+impl Wire for Ip4 {
+    const HEADER: usize = 20;
+    const SRC: usize = 12;
+    const DST: usize = 16;
+    const CHECKSUM: Option<usize> = Some(10);
+    type Header = Ipv4Header;
+
+    #[inline(always)]
+    fn header(src: Self, dst: Self, proto: u8, payload: u16, ttl: u8) -> Ipv4Header {
+        let mut header = Ipv4Header {
+            version_ihl: 0x45,
+            tos: 0,
+            total_len: (payload + Self::HEADER as u16).to_be(),
+            id: 0,
+            fragment: 0x4000u16.to_be(),
+            ttl,
+            proto,
+            checksum: 0,
+            src,
+            dst,
+        };
+        header.checksum = !sum_words::<5>(&bytemuck::cast(header)).fold();
+        header
+    }
+
+    #[inline(always)]
+    fn sum_header<P: Packet>(_: &P) -> Option<Sum> {
+        // A header with a valid checksum sums up to zero.
+        Some(Sum(0))
+    }
+
+    #[inline(always)]
+    #[expect(private_interfaces, reason = "sealed")]
+    fn ip_header<P: Packet>(packet: &P, at: At) -> Result<IpHeader<Self>, NotOurs> {
+        let ip: Ipv4Header = get(packet, at)?;
+        if ip.version_ihl >> 4 != 4 || ip.version_ihl & 0xf < 5 {
+            return Err(NotOurs::Other);
+        }
+        if ip.fragment & 0x1fffu16.to_be() != 0 {
+            return Err(NotOurs::Fragment);
+        }
+        let len = (ip.version_ihl & 0xf) as usize * 4;
+        Ok(IpHeader { src: ip.src, dst: ip.dst, proto: ip.proto, len, plain: len == Self::HEADER })
+    }
+}
+
+impl Wire for Ip6 {
+    const HEADER: usize = 40;
+    const SRC: usize = 8;
+    const DST: usize = 24;
+    const CHECKSUM: Option<usize> = None;
+    type Header = Ipv6Header;
+
+    #[inline(always)]
+    fn header(src: Self, dst: Self, proto: u8, payload: u16, ttl: u8) -> Ipv6Header {
+        Ipv6Header {
+            version_class_label: 0x6000_0000u32.to_be(),
+            payload_len: payload.to_be(),
+            next: proto,
+            hop_limit: ttl,
+            src,
+            dst,
+        }
+    }
+
+    #[inline(always)]
+    fn sum_header<P: Packet>(packet: &P) -> Option<Sum> {
+        packet.load::<[u32; 10]>(ETH).map(|w| sum_words(&w))
+    }
+
+    #[inline(always)]
+    #[expect(private_interfaces, reason = "sealed")]
+    fn ip_header<P: Packet>(packet: &P, at: At) -> Result<IpHeader<Self>, NotOurs> {
+        let ip: Ipv6Header = get(packet, at)?;
+        if u32::from_be(ip.version_class_label) >> 28 != 6 {
+            return Err(NotOurs::Other);
+        }
+        let mut header = IpHeader { src: ip.src, dst: ip.dst, proto: ip.next, len: Self::HEADER, plain: true };
+        if !is_extension(ip.next) {
+            return Ok(header);
+        }
+        header.plain = false;
+        let base = match at {
+            At::Outer => ETH,
+            At::Quoted(offset) => offset,
+        };
+        // More than six extension headers are nobody's traffic.
+        for _ in 0..6 {
+            if !is_extension(header.proto) {
+                return Ok(header);
+            }
+            let ext: [u8; 4] = packet.load(base + (header.len & 0x7ff)).ok_or(NotOurs::Other)?;
+            if header.proto == 44 {
+                if u16::from_be_bytes([ext[2], ext[3]]) & 0xfff8 != 0 {
+                    return Err(NotOurs::Fragment);
+                }
+                header.len += 8;
+            } else if header.proto == 51 {
+                header.len += (ext[1] as usize + 2) * 4;
+            } else {
+                header.len += (ext[1] as usize + 1) * 8;
+            }
+            header.proto = ext[0];
+        }
+        Err(NotOurs::Other)
+    }
+}
+
+#[inline(always)]
+fn sum_words<const N: usize>(words: &[u32; N]) -> Sum {
+    let mut total = 0u64;
+    for &w in words {
+        total += u64::from(w);
+    }
+    Sum(total as u32).plus(Sum((total >> 32) as u32))
+}
+
+/// Hop-by-hop, routing, fragment, authentication, destination options (RFC 8200).
+#[inline(always)]
+fn is_extension(next: u8) -> bool {
+    matches!(next, 0 | 43 | 44 | 51 | 60)
+}
+
+/// The start of any transport header, as words: ports, sequence number, and TCP's flags.
+#[repr(C)]
+#[derive(Clone, Copy, Pod, Zeroable)]
+struct Tcp {
+    ports: [u16; 2],
+    seq: u32,
+    ack: u32,
+    offset: u8,
+    flags: u8,
+    window: u16,
+}
+
+/// The first eight bytes: all that an ICMP error has to quote.
+#[repr(C)]
+#[derive(Clone, Copy, Pod, Zeroable)]
+struct First8 {
+    words: [u16; 4],
+}
+
+/// Parses a packet's headers.
+#[inline(always)]
+pub(super) fn parse<A: Wire, P: Packet>(packet: &P) -> Result<Headers<A>, NotOurs> {
+    let ip = A::ip_header(packet, At::Outer)?;
+    let l4 = ETH + (ip.len & 0x7ff);
+    if ip.proto == TCP {
+        let tcp: Tcp = transport::<A, P, _>(packet, &ip, l4)?;
+        let key = key(&ip, tcp.ports[0], tcp.ports[1]);
+        return Ok(Headers { key, kind: Kind::Tcp(tcp.flags), l4 });
+    }
+    let first: First8 = transport::<A, P, _>(packet, &ip, l4)?;
+    let (kind, sport, dport) = ports::<A>(ip.proto, first)?;
+    Ok(Headers { key: key(&ip, sport, dport), kind, l4 })
+}
+
+/// Parses the packet quoted in an ICMP error at `offset`. Its `l4` is from the start of the whole packet.
+#[inline(always)]
+pub(super) fn parse_quoted<A: Wire, P: Packet>(packet: &P, offset: usize) -> Result<Headers<A>, NotOurs> {
+    let ip = A::ip_header(packet, At::Quoted(offset))?;
+    let l4 = offset + (ip.len & 0x7ff);
+    let first: First8 = packet.load(l4).ok_or(NotOurs::Other)?;
+    let (kind, sport, dport) = match ip.proto {
+        TCP => (Kind::Tcp(0), first.words[0], first.words[1]),
+        proto => ports::<A>(proto, first)?,
+    };
+    Ok(Headers { key: key(&ip, sport, dport), kind, l4 })
+}
+
+#[inline(always)]
+fn transport<A: Wire, P: Packet, T: Pod>(packet: &P, ip: &IpHeader<A>, l4: usize) -> Result<T, NotOurs> {
+    if ip.plain { packet.read(ETH + A::HEADER) } else { packet.load(l4) }.ok_or(NotOurs::Other)
+}
+
+#[inline(always)]
+fn key<A: Addr>(ip: &IpHeader<A>, sport: u16, dport: u16) -> FlowKey<A> {
+    FlowKey {
+        src: ip.src,
+        dst: ip.dst,
+        sport: NetPort::from_wire(sport),
+        dport: NetPort::from_wire(dport),
+        proto: ip.proto,
+        pad: [0; 3],
+    }
+}
+
+/// Kind and ports of everything but TCP.
+#[inline(always)]
+fn ports<A: Addr>(proto: u8, first: First8) -> Result<(Kind, u16, u16), NotOurs> {
+    let w = first.words;
+    if proto == UDP {
+        return Ok((Kind::Udp, w[0], w[1]));
+    }
+    if proto != A::ICMP {
+        return Err(NotOurs::Other);
+    }
+    let icmp_type = w[0].to_ne_bytes()[0];
+    let (request, reply) = if A::IS_V4 { (8, 0) } else { (128, 129) };
+    if icmp_type == request {
+        Ok((Kind::EchoRequest, w[2], 0))
+    } else if icmp_type == reply {
+        Ok((Kind::EchoReply, 0, w[2]))
+    } else if is_error::<A>(icmp_type) {
+        Ok((Kind::IcmpError, 0, 0))
+    } else {
+        // Neighbour discovery, router advertisements, timestamps: never touched.
+        Err(NotOurs::Other)
+    }
+}
+
+/// Destination unreachable (with "fragmentation needed"), time exceeded, parameter problem; v6 packet too big.
+#[inline(always)]
+fn is_error<A: Addr>(icmp_type: u8) -> bool {
+    if A::IS_V4 { matches!(icmp_type, 3 | 11 | 12) } else { matches!(icmp_type, 1..=4) }
+}
+
+/// Offset of the transport checksum in its header.
+#[inline(always)]
+pub(super) fn checksum_offset(kind: Kind) -> usize {
+    match kind {
+        Kind::Tcp(_) => 16,
+        Kind::Udp => 6,
+        Kind::EchoRequest | Kind::EchoReply | Kind::IcmpError => 2,
+    }
+}

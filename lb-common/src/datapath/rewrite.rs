@@ -1,0 +1,74 @@
+//! The two rewrites, checksums included.
+
+use super::parse::{ETH, Headers, Kind, Wire, checksum_offset};
+use super::{Covered, Packet, Reason};
+use crate::addr::NetPort;
+use crate::checksum::Sum;
+
+/// Which end of a packet.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum End {
+    Source,
+    Destination,
+}
+
+impl End {
+    /// Offset of the address in the IP header.
+    #[inline(always)]
+    pub(super) fn addr_offset<A: Wire>(self) -> usize {
+        match self {
+            Self::Source => A::SRC,
+            Self::Destination => A::DST,
+        }
+    }
+
+    /// Offset of the port (or echo identifier) in the transport header.
+    #[inline(always)]
+    pub(super) fn port_offset(self, kind: Kind) -> usize {
+        match (kind, self) {
+            (Kind::EchoRequest | Kind::EchoReply | Kind::IcmpError, _) => 4,
+            (_, Self::Source) => 0,
+            (_, Self::Destination) => 2,
+        }
+    }
+
+    /// Address and port of this end.
+    #[inline(always)]
+    pub(super) fn of<A: Wire>(self, headers: &Headers<A>) -> (A, NetPort) {
+        match self {
+            Self::Source => (headers.key.src, headers.key.sport),
+            Self::Destination => (headers.key.dst, headers.key.dport),
+        }
+    }
+}
+
+/// Puts `addr` and `port` at one end of the packet.
+#[inline(always)]
+pub(super) fn rewrite<A: Wire, P: Packet>(
+    packet: &mut P,
+    headers: &Headers<A>,
+    end: End,
+    addr: A,
+    port: NetPort,
+) -> Result<(), Reason> {
+    let (old_addr, old_port) = end.of(headers);
+    let checksum = headers.l4 + checksum_offset(headers.kind);
+    let zero_is_none = A::IS_V4 && headers.kind == Kind::Udp;
+    if addr != old_addr {
+        let change = A::diff(old_addr, addr);
+        if let Some(offset) = A::CHECKSUM {
+            packet.l3_checksum(ETH + offset, change)?;
+        }
+        // ICMPv4 alone has no pseudo header.
+        if !A::IS_V4 || headers.key.proto != A::ICMP {
+            packet.l4_checksum(checksum, change, Covered { pseudo_header: true, zero_is_none })?;
+        }
+        packet.store(ETH + end.addr_offset::<A>(), &addr)?;
+    }
+    if port != old_port {
+        let change = Sum::diff16(old_port.wire(), port.wire());
+        packet.l4_checksum(checksum, change, Covered { pseudo_header: false, zero_is_none })?;
+        packet.store(headers.l4 + end.port_offset(headers.kind), &port)?;
+    }
+    Ok(())
+}

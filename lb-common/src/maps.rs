@@ -1,0 +1,469 @@
+//! Keys and values of the BPF maps. Pinned maps outlive the process that made them: a change of a layout is a
+//! change of [`VERSION`], and the size assertions at the end make it a deliberate one.
+
+use crate::addr::{Ip4, Ip6, NetPort};
+use bytemuck::{Pod, Zeroable};
+
+/// Version of all layouts here; part of the pin directory's name.
+pub const VERSION: u32 = 1;
+
+/// What a family's address type has to know for the generic code.
+pub trait Addr: Pod + Eq + core::fmt::Debug + Default {
+    /// Ethernet type, in network order read as a native integer.
+    const ETHERTYPE: u16;
+    /// Whether the family is IPv4 (for the few things that differ beyond the header).
+    const IS_V4: bool;
+    /// The ICMP protocol number of the family.
+    const ICMP: u8;
+
+    /// The one's-complement difference between two addresses.
+    fn diff(old: Self, new: Self) -> crate::checksum::Sum;
+    /// The address's words, mixed into a hash.
+    fn mix(self, hash: u32) -> u32;
+    /// This device's address to masquerade to.
+    fn masquerade_addr(device: &Device) -> Self;
+    /// Addresses that are never masqueraded: multicast, link-local, loopback, unspecified, broadcast.
+    fn is_local_scope(self) -> bool;
+}
+
+/// A five-tuple as a hook sees it: the key of the flow table.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+pub struct FlowKey<A> {
+    /// Source address.
+    pub src: A,
+    /// Destination address.
+    pub dst: A,
+    /// Source port; for an ICMP echo request its identifier, for a reply zero.
+    pub sport: NetPort,
+    /// Destination port; for an ICMP echo reply its identifier, for a request zero.
+    pub dport: NetPort,
+    /// IP protocol.
+    pub proto: u8,
+    /// Always zero.
+    pub pad: [u8; 3],
+}
+
+impl<A: Addr> FlowKey<A> {
+    /// The tuple of the packets that go the other way.
+    #[inline(always)]
+    pub fn reversed(&self) -> Self {
+        Self { src: self.dst, dst: self.src, sport: self.dport, dport: self.sport, ..*self }
+    }
+
+    /// A well-mixed hash (murmur3's steps), the same on the host and in the kernel.
+    #[inline(always)]
+    pub fn hash(&self, seed: u32) -> u32 {
+        let ports = (self.sport.wire() as u32) << 16 | self.dport.wire() as u32;
+        let h = mix_word(mix_word(self.dst.mix(self.src.mix(seed)), ports), self.proto as u32);
+        let h = (h ^ (h >> 16)).wrapping_mul(0x85eb_ca6b);
+        let h = (h ^ (h >> 13)).wrapping_mul(0xc2b2_ae35);
+        h ^ (h >> 16)
+    }
+}
+
+#[inline(always)]
+fn mix_word(hash: u32, word: u32) -> u32 {
+    let k = word.wrapping_mul(0xcc9e_2d51).rotate_left(15).wrapping_mul(0x1b87_3593);
+    (hash ^ k).rotate_left(13).wrapping_mul(5).wrapping_add(0xe654_6b64)
+}
+
+/// Which of a flow's entries this is, by the packets that find it.
+///
+/// `docs/design.md` has the picture. A flow has at most these four; each holds the whole flow, so that any of them
+/// can be made again from another.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(u8)]
+pub enum Side {
+    /// client → VIP, at ingress: the destination becomes the backend.
+    Front = 1,
+    /// client → backend, at egress: the source becomes the masquerade address, if there is one.
+    Forward = 2,
+    /// backend → masquerade address, at ingress: the destination becomes the client.
+    Back = 3,
+    /// backend → client, at egress: the source becomes the VIP.
+    Reply = 4,
+}
+
+impl Side {
+    /// From [`Flow::side`].
+    pub const fn from_raw(raw: u8) -> Option<Self> {
+        match raw {
+            1 => Some(Self::Front),
+            2 => Some(Self::Forward),
+            3 => Some(Self::Back),
+            4 => Some(Self::Reply),
+            _ => None,
+        }
+    }
+}
+
+/// What the programs remember of a flow. All four entries of a flow have the same content but for `side`,
+/// `last_seen` and `state`.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Flow<A> {
+    /// Who sent the first packet.
+    pub client: A,
+    /// Where it sent it to. The backend itself where only the source is translated.
+    pub vip: A,
+    /// Where it was sent on to.
+    pub backend: A,
+    /// The source that the backend sees; meaningful with [`Flow::MASQ_DONE`].
+    pub masq: A,
+    /// Port of `client`.
+    pub client_port: NetPort,
+    /// Port of `vip`.
+    pub vip_port: NetPort,
+    /// Port of `backend`.
+    pub backend_port: NetPort,
+    /// Port of `masq`.
+    pub masq_port: NetPort,
+    /// When a packet last found this entry: seconds of the kernel's monotonic clock.
+    pub last_seen: u32,
+    /// The backend's entry in the liveness table (UDP), zero for none.
+    pub backend_id: u32,
+    /// The liveness entry's epoch when the flow was made; another one now means that the backend is gone.
+    pub backend_epoch: u32,
+    /// The Service port, a key of the names map; zero where no Service is involved.
+    pub service: u32,
+    /// IP protocol.
+    pub proto: u8,
+    /// [`Side`] as a number.
+    pub side: u8,
+    /// `DNAT` and the `MASQ_*` bits.
+    pub flags: u8,
+    /// [`Flow::FIN`] and [`Flow::RST`] seen, per entry.
+    pub state: u8,
+    /// Always zero.
+    pub pad: u32,
+}
+
+impl<A: Addr> Flow<A> {
+    /// The destination is translated: `Front` and `Reply` exist.
+    pub const DNAT: u8 = 1;
+    /// The source has to be translated at whichever device the packet leaves by.
+    pub const MASQ_NEEDED: u8 = 2;
+    /// Whether the source has to be translated is for the device's policy to say.
+    pub const MASQ_UNDECIDED: u8 = 4;
+    /// The source is translated: `masq` is set and `Back` exists.
+    pub const MASQ_DONE: u8 = 8;
+
+    /// A TCP FIN went by in this entry's direction.
+    pub const FIN: u8 = 1;
+    /// A TCP RST went by in this entry's direction.
+    pub const RST: u8 = 2;
+
+    /// The key under which the entry of that side is found.
+    #[inline(always)]
+    pub fn key(&self, side: Side) -> FlowKey<A> {
+        let (src, sport, dst, dport) = match side {
+            Side::Front => (self.client, self.client_port, self.vip, self.vip_port),
+            Side::Forward => (self.client, self.client_port, self.backend, self.backend_port),
+            Side::Back => (self.backend, self.backend_port, self.masq, self.masq_port),
+            Side::Reply => (self.backend, self.backend_port, self.client, self.client_port),
+        };
+        FlowKey { src, dst, sport, dport, proto: self.proto, pad: [0; 3] }
+    }
+
+    /// The same flow as an entry of that side.
+    #[inline(always)]
+    pub fn as_side(&self, side: Side) -> Self {
+        Self { side: side as u8, state: 0, ..*self }
+    }
+
+    /// Whether `other` is an entry of the same connection.
+    #[inline(always)]
+    pub fn same_origin(&self, other: &Self) -> bool {
+        self.client == other.client
+            && self.vip == other.vip
+            && self.client_port == other.client_port
+            && self.vip_port == other.vip_port
+            && self.proto == other.proto
+    }
+}
+
+/// Key of the frontend table: what a packet was sent to.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+pub struct FrontendKey<A> {
+    /// Destination address.
+    pub addr: A,
+    /// Destination port.
+    pub port: NetPort,
+    /// IP protocol.
+    pub proto: u8,
+    /// Always zero.
+    pub pad: [u8; 5],
+}
+
+impl<A> FrontendKey<A> {
+    /// The key of an address, a port and a protocol.
+    #[inline(always)]
+    pub const fn new(addr: A, port: NetPort, proto: u8) -> Self {
+        Self { addr, port, proto, pad: [0; 5] }
+    }
+}
+
+/// A run of slots. Its id is never used again for other endpoints, so a packet sees all of a change or nothing.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Pod, Zeroable)]
+pub struct Set {
+    /// First half of the slots' keys.
+    pub id: u32,
+    /// Number of slots; with zero, [`Frontend::flags`] say what becomes of a packet.
+    pub count: u32,
+}
+
+/// Value of the frontend table.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Pod, Zeroable)]
+pub struct Frontend {
+    /// For pods and processes of this node.
+    pub internal: Set,
+    /// For everybody else.
+    pub external: Set,
+    /// Key of the names map.
+    pub service: u32,
+    /// `sessionAffinity: ClientIP` timeout in seconds, zero for none.
+    pub affinity: u32,
+    /// The constants below.
+    pub flags: u16,
+    /// 1 ClusterIP, 2 NodePort, 3 LoadBalancer, 4 external IP. For people only.
+    pub kind: u8,
+    /// Always zero.
+    pub pad: u8,
+}
+
+impl Frontend {
+    /// An empty internal set means drop, not reject.
+    pub const INTERNAL_DROP: u16 = 1;
+    /// An empty external set means drop, not reject.
+    pub const EXTERNAL_DROP: u16 = 2;
+    /// Masquerade whoever the client is.
+    pub const MASQUERADE_ALWAYS: u16 = 4;
+}
+
+/// Key of the slot table.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, Pod, Zeroable)]
+pub struct SlotKey {
+    /// [`Set::id`].
+    pub set: u32,
+    /// Zero to [`Set::count`] exclusive.
+    pub index: u32,
+}
+
+/// Value of the slot table: one backend of a set.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Slot<A> {
+    /// Where to send the packet.
+    pub addr: A,
+    /// Its port.
+    pub port: NetPort,
+    /// The constants below.
+    pub flags: u16,
+    /// Entry in the liveness table, zero for none.
+    pub backend_id: u32,
+    /// That entry's epoch when the slot was written.
+    pub backend_epoch: u32,
+    /// Always zero.
+    pub pad: u32,
+}
+
+impl<A> Slot<A> {
+    /// The backend runs on this node: replies come by here anyway, so an outside client's address is kept.
+    pub const LOCAL: u16 = 1;
+}
+
+/// Value of the names map, so that tools can tell Services when the agent is down. NUL-padded.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct ServiceName {
+    /// `metadata.namespace`.
+    pub namespace: [u8; 64],
+    /// `metadata.name`.
+    pub name: [u8; 64],
+    /// `spec.ports[].name`.
+    pub port: [u8; 64],
+}
+
+/// Value of the device table; the key is the interface index.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Pod, Zeroable)]
+pub struct Device {
+    /// The constants below.
+    pub flags: u32,
+    /// Masquerade to this, unspecified for none.
+    pub masq4: Ip4,
+    /// Masquerade to this, unspecified for none.
+    pub masq6: Ip6,
+}
+
+impl Device {
+    /// The host side of a pod's veth: clients behind it are inside.
+    pub const POD: u32 = 1;
+    /// Traffic from pods to the outside is masqueraded here.
+    pub const MASQUERADE: u32 = 2;
+}
+
+/// Key data of the CIDR trie is the address; these are its values' bits.
+pub mod cidr {
+    /// Pods of the cluster.
+    pub const CLUSTER: u32 = 1;
+    /// Not masqueraded to.
+    pub const NO_MASQUERADE: u32 = 2;
+}
+
+/// Bits of the programs' `FLAGS`: set at load time and constant, so that the verifier drops what is switched off.
+pub mod flags {
+    /// `bpf_ktime_get_coarse_ns` exists (5.11).
+    pub const COARSE_CLOCK: u32 = 1;
+    /// `bpf_set_retval` exists (5.18): a refused connect says so.
+    pub const SET_RETVAL: u32 = 2;
+    /// Socket hooks serve every network namespace, not only the node's.
+    pub const SOCKETS_ALL: u32 = 4;
+    /// Log the slow path.
+    pub const LOG: u32 = 8;
+    /// `bpf_l4_csum_replace` knows `BPF_F_IPV6` (6.16): right for `CHECKSUM_COMPLETE` too.
+    pub const CSUM_IPV6: u32 = 16;
+}
+
+/// Key of the socket tables: a socket and one peer of it. IPv4 is mapped.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, Pod, Zeroable)]
+pub struct SocketKey {
+    /// The kernel's socket cookie.
+    pub cookie: u64,
+    /// The peer's address, IPv4 mapped.
+    pub addr: Ip6,
+    /// The peer's port.
+    pub port: NetPort,
+    /// IP protocol.
+    pub proto: u8,
+    /// 0: `addr` is a backend and the value its VIP; 1: the other way round.
+    pub direction: u8,
+    /// Always zero.
+    pub pad: u32,
+}
+
+/// Value of the socket tables.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Pod, Zeroable)]
+pub struct SocketPeer {
+    /// Address, IPv4 mapped.
+    pub addr: Ip6,
+    /// Port.
+    pub port: NetPort,
+    /// Always zero.
+    pub pad: u16,
+    /// Liveness as in [`Flow`].
+    pub backend_id: u32,
+    /// Liveness as in [`Flow`].
+    pub backend_epoch: u32,
+    /// Always zero.
+    pub pad2: u32,
+}
+
+impl Addr for Ip4 {
+    const ETHERTYPE: u16 = 0x0800u16.to_be();
+    const IS_V4: bool = true;
+    const ICMP: u8 = 1;
+
+    #[inline(always)]
+    fn diff(old: Self, new: Self) -> crate::checksum::Sum {
+        crate::checksum::Sum::diff32(old.wire(), new.wire())
+    }
+
+    #[inline(always)]
+    fn mix(self, hash: u32) -> u32 {
+        mix_word(hash, self.wire())
+    }
+
+    #[inline(always)]
+    fn masquerade_addr(device: &Device) -> Self {
+        device.masq4
+    }
+
+    #[inline(always)]
+    fn is_local_scope(self) -> bool {
+        let ip = u32::from_be(self.wire());
+        ip >> 28 >= 0xe || ip >> 24 == 127 || ip >> 24 == 0 || ip >> 16 == 0xa9fe
+    }
+}
+
+impl Addr for Ip6 {
+    const ETHERTYPE: u16 = 0x86ddu16.to_be();
+    const IS_V4: bool = false;
+    const ICMP: u8 = 58;
+
+    #[inline(always)]
+    fn diff(old: Self, new: Self) -> crate::checksum::Sum {
+        let ((o1, o2), (n1, n2)) = (old.wire(), new.wire());
+        let halves = |w: u64| (w & 0xffff_ffff) + (w >> 32);
+        let sum = halves(!o1) + halves(!o2) + halves(n1) + halves(n2);
+        crate::checksum::Sum(sum as u32).plus(crate::checksum::Sum((sum >> 32) as u32))
+    }
+
+    #[inline(always)]
+    fn mix(self, hash: u32) -> u32 {
+        let (a, b) = self.wire();
+        mix_word(mix_word(mix_word(mix_word(hash, a as u32), (a >> 32) as u32), b as u32), (b >> 32) as u32)
+    }
+
+    #[inline(always)]
+    fn masquerade_addr(device: &Device) -> Self {
+        device.masq6
+    }
+
+    #[inline(always)]
+    fn is_local_scope(self) -> bool {
+        let (high, low) = self.wire();
+        let head = u64::from_be(high) >> 48;
+        head >> 8 == 0xff || head & 0xffc0 == 0xfe80 || high == 0 && u64::from_be(low) < 2
+    }
+}
+
+macro_rules! plain_layouts {
+    ($($(#[$attr:meta])* $ty:ty: $size:literal;)*) => {$(
+        const _: () = assert!(size_of::<$ty>() == $size && align_of::<$ty>() <= 8);
+        $(#[$attr])*
+        // SAFETY: repr(C), made of Pod fields only, valid when zero.
+        unsafe impl Zeroable for $ty {}
+        $(#[$attr])*
+        // SAFETY: repr(C), made of Pod fields only, and the size asserted above is the sum of theirs: no padding.
+        unsafe impl Pod for $ty {}
+        aya_pod!($ty);
+    )*};
+}
+
+macro_rules! aya_pod {
+    ($($ty:ty),*) => {$(
+        #[cfg(all(feature = "user", not(target_arch = "bpf")))]
+        // SAFETY: bytemuck's Pod has just said the same.
+        unsafe impl aya::Pod for $ty {}
+    )*};
+}
+
+plain_layouts! {
+    FlowKey<Ip4>: 16;
+    FlowKey<Ip6>: 40;
+    Flow<Ip4>: 48;
+    Flow<Ip6>: 96;
+    FrontendKey<Ip4>: 12;
+    FrontendKey<Ip6>: 24;
+    Slot<Ip4>: 20;
+    Slot<Ip6>: 32;
+    ServiceName: 192;
+}
+aya_pod!(Frontend, Set, SlotKey, Device, SocketKey, SocketPeer, Ip4, Ip6);
+
+const _: () = {
+    assert!(size_of::<Frontend>() == 28 && core::mem::offset_of!(Frontend, flags) == 24);
+    assert!(size_of::<SlotKey>() == 8);
+    assert!(size_of::<Device>() == 24);
+    assert!(size_of::<SocketKey>() == 32);
+    assert!(size_of::<SocketPeer>() == 32);
+    assert!(core::mem::offset_of!(Flow<Ip4>, last_seen) == 24 && core::mem::offset_of!(Flow<Ip6>, last_seen) == 72);
+};
