@@ -1,1 +1,9 @@
 //! The agent.
+pub mod cli;
+pub mod desired;
+pub mod health;
+pub mod metrics;
+pub mod model;
+pub mod source;
+pub mod store;
+pub mod sync;

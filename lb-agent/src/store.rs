@@ -1,0 +1,171 @@
+//! What the agent remembers of the cluster: Services, EndpointSlices and this Node, cut down to the fields that decide
+//! where a packet goes.
+//!
+//! Both sources ([`crate::source`]) turn Kubernetes objects into these at arrival, so nothing larger is ever kept.
+//! The store also knows which Services have to be looked at again ([`Store::take_dirty`]).
+
+mod name;
+mod node;
+mod service;
+mod slice;
+mod warning;
+
+pub use name::ObjectName;
+pub use node::{LocalAddresses, Node};
+pub use service::{Port, Service};
+pub use slice::{Slice, SliceEndpoint, SlicePort};
+pub use warning::Warning;
+
+use std::collections::{BTreeSet, HashMap};
+use std::sync::Arc;
+use std::time::SystemTime;
+
+/// One observation of the world outside. `None` means that the object is gone.
+#[derive(Clone, Debug, PartialEq)]
+pub enum Change {
+    /// A Service appeared, changed or vanished.
+    Service(ObjectName, Option<Arc<Service>>),
+    /// An EndpointSlice appeared, changed or vanished.
+    Slice(ObjectName, Option<Arc<Slice>>),
+    /// This node's Node object appeared, changed or vanished.
+    Node(Option<Node>),
+    /// The addresses of this host, as the kernel has them now.
+    Addresses(LocalAddresses),
+}
+
+/// The Services to compute anew, and what made them so.
+#[derive(Debug, Default)]
+pub struct Dirty {
+    /// Names of Services, existing or just deleted.
+    pub services: BTreeSet<ObjectName>,
+    /// When the control plane saw the causes (`endpoints.kubernetes.io/last-change-trigger-time`).
+    pub triggers: Vec<SystemTime>,
+    /// Number of Service changes since the last time.
+    pub service_changes: usize,
+    /// Number of EndpointSlice changes since the last time.
+    pub slice_changes: usize,
+}
+
+/// The trimmed objects, slices by their Service.
+#[derive(Debug, Default)]
+pub struct Store {
+    services: HashMap<ObjectName, Arc<Service>>,
+    /// Sorted by slice name: most Services have one, so a map of maps would cost more than the slices.
+    slices: HashMap<ObjectName, Vec<(ObjectName, Arc<Slice>)>>,
+    /// Which Service a slice belongs to; its label may change while it lives.
+    owners: HashMap<ObjectName, ObjectName>,
+    node: Node,
+    addresses: LocalAddresses,
+    dirty: Dirty,
+}
+
+impl Store {
+    /// Takes over one observation. Returns whether anything changed.
+    pub fn apply(&mut self, change: Change) -> bool {
+        match change {
+            Change::Service(name, service) => self.apply_service(name, service),
+            Change::Slice(name, slice) => self.apply_slice(name, slice),
+            Change::Node(node) => {
+                let node = node.unwrap_or_default();
+                let changed = node != self.node;
+                if changed && (node.zone != self.node.zone || node.addresses != self.node.addresses) {
+                    self.mark_all();
+                }
+                self.node = node;
+                changed
+            }
+            Change::Addresses(addresses) => {
+                let changed = addresses != self.addresses;
+                if changed {
+                    self.mark_node_ports();
+                    self.addresses = addresses;
+                }
+                changed
+            }
+        }
+    }
+
+    fn apply_service(&mut self, name: ObjectName, service: Option<Arc<Service>>) -> bool {
+        if self.services.get(&name) == service.as_ref() {
+            return false;
+        }
+        match service {
+            Some(service) => self.services.insert(name.clone(), service),
+            None => self.services.remove(&name),
+        };
+        self.dirty.services.insert(name);
+        self.dirty.service_changes += 1;
+        true
+    }
+
+    fn apply_slice(&mut self, name: ObjectName, slice: Option<Arc<Slice>>) -> bool {
+        let old = self.detach(&name);
+        let changed = old.as_deref() != slice.as_deref();
+        if changed {
+            self.dirty.slice_changes += 1;
+            self.dirty.services.extend(old.map(|old| old.service.clone()));
+            if let Some(slice) = &slice {
+                self.dirty.services.insert(slice.service.clone());
+                self.dirty.triggers.extend(slice.trigger);
+            }
+        }
+        if let Some(slice) = slice {
+            self.owners.insert(name.clone(), slice.service.clone());
+            let slices = self.slices.entry(slice.service.clone()).or_default();
+            let at = slices.partition_point(|(other, _)| *other < name);
+            slices.reserve_exact(1);
+            slices.insert(at, (name, slice));
+        }
+        changed
+    }
+
+    fn detach(&mut self, name: &ObjectName) -> Option<Arc<Slice>> {
+        let service = self.owners.remove(name)?;
+        let slices = self.slices.get_mut(&service)?;
+        let at = slices.iter().position(|(other, _)| other == name)?;
+        let (_, slice) = slices.remove(at);
+        if slices.is_empty() {
+            self.slices.remove(&service);
+        }
+        Some(slice)
+    }
+
+    fn mark_all(&mut self) {
+        self.dirty.services.extend(self.services.keys().cloned());
+    }
+
+    fn mark_node_ports(&mut self) {
+        let on_nodes = self.services.iter().filter(|(_, service)| service.has_node_port());
+        self.dirty.services.extend(on_nodes.map(|(name, _)| name.clone()));
+    }
+
+    /// The Service of that name.
+    pub fn service(&self, name: &ObjectName) -> Option<&Service> {
+        self.services.get(name).map(|service| &**service)
+    }
+
+    /// All Services, in no order.
+    pub fn services(&self) -> impl Iterator<Item = (&ObjectName, &Service)> {
+        self.services.iter().map(|(name, service)| (name, &**service))
+    }
+
+    /// The slices of a Service, sorted by name.
+    pub fn slices(&self, service: &ObjectName) -> impl Iterator<Item = &Slice> {
+        self.slices.get(service).into_iter().flatten().map(|(_, slice)| &**slice)
+    }
+
+    /// This node's object; empty while there is none.
+    pub fn node(&self) -> &Node {
+        &self.node
+    }
+
+    /// The addresses of this host.
+    pub fn addresses(&self) -> &LocalAddresses {
+        &self.addresses
+    }
+
+    /// The Services that changed since the last call.
+    pub fn take_dirty(&mut self) -> Dirty {
+        std::mem::take(&mut self.dirty)
+    }
+}

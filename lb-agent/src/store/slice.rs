@@ -1,0 +1,160 @@
+//! EndpointSlices, cut down.
+
+use super::service::{HEADLESS, port_number, protocol, usable_ip};
+use super::{ObjectName, Warning};
+use crate::model::Protocol;
+use k8s_openapi::api::discovery::v1 as discovery;
+use std::net::IpAddr;
+use std::time::SystemTime;
+
+const SERVICE_NAME: &str = "kubernetes.io/service-name";
+const TRIGGER_TIME: &str = "endpoints.kubernetes.io/last-change-trigger-time";
+
+/// What is used of an EndpointSlice.
+#[derive(Clone, Debug)]
+pub struct Slice {
+    /// The Service that it belongs to.
+    pub service: ObjectName,
+    /// The ports that every endpoint of the slice has.
+    pub ports: Box<[SlicePort]>,
+    /// The endpoints.
+    pub endpoints: Box<[SliceEndpoint]>,
+    /// What is not served, and why.
+    pub warnings: Box<[Warning]>,
+    /// When the control plane saw what changed the slice. Not part of what the slice says.
+    pub trigger: Option<SystemTime>,
+}
+
+impl PartialEq for Slice {
+    fn eq(&self, other: &Self) -> bool {
+        self.service == other.service
+            && self.ports == other.ports
+            && self.endpoints == other.endpoints
+            && self.warnings == other.warnings
+    }
+}
+
+impl Eq for Slice {}
+
+/// A port of a slice.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct SlicePort {
+    /// Name, empty where there is none; joins it with the Service's port.
+    pub name: Box<str>,
+    /// Protocol.
+    pub protocol: Protocol,
+    /// The endpoints' own port.
+    pub port: u16,
+}
+
+/// An endpoint of a slice.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct SliceEndpoint {
+    /// Its address.
+    pub ip: IpAddr,
+    /// Takes new connections.
+    pub ready: bool,
+    /// Would answer, whether it is terminating or not.
+    pub serving: bool,
+    /// Is being stopped.
+    pub terminating: bool,
+    /// Runs on this node.
+    pub local: bool,
+    /// Whether hints name nodes, and whether this node is among them.
+    pub node_hint: Option<bool>,
+    /// `hints.forZones`, empty where there are none.
+    pub zone_hints: Box<[Box<str>]>,
+}
+
+impl Slice {
+    /// Cuts down a slice as seen by the node `node_name`.
+    ///
+    /// `None`: it belongs to no Service, or asks not to be served.
+    pub fn new(slice: &discovery::EndpointSlice, node_name: &str) -> Option<Self> {
+        let meta = &slice.metadata;
+        let labels = meta.labels.as_ref()?;
+        let service = labels.get(SERVICE_NAME).filter(|name| !name.is_empty())?;
+        if labels.contains_key(HEADLESS) {
+            return None;
+        }
+        let namespace = meta.namespace.as_deref().unwrap_or_default();
+        let mut warnings = Vec::new();
+        let v4 = match slice.address_type.as_str() {
+            "IPv4" => Some(true),
+            "IPv6" => Some(false),
+            other => {
+                let name = ObjectName::new(namespace, meta.name.as_deref().unwrap_or_default());
+                warnings.push(Warning::AddressType { slice: name, kind: other.into() });
+                None
+            }
+        };
+        let ports =
+            slice.ports.iter().flatten().filter_map(|port| SlicePort::new(port, &mut warnings)).collect();
+        let endpoints = match v4 {
+            Some(v4) => slice
+                .endpoints
+                .iter()
+                .flatten()
+                .filter_map(|endpoint| SliceEndpoint::new(endpoint, v4, node_name, &mut warnings))
+                .collect(),
+            None => Box::default(),
+        };
+        let trigger = meta.annotations.as_ref().and_then(|annotations| annotations.get(TRIGGER_TIME));
+        let trigger = trigger.and_then(|time| time.parse::<k8s_openapi::jiff::Timestamp>().ok());
+        Some(Self {
+            service: ObjectName::new(namespace, service),
+            ports,
+            endpoints,
+            warnings: warnings.into(),
+            trigger: trigger.map(SystemTime::from),
+        })
+    }
+}
+
+impl SlicePort {
+    fn new(port: &discovery::EndpointPort, warnings: &mut Vec<Warning>) -> Option<Self> {
+        // Without a number it means "all ports", which is not for service proxies. An unknown protocol cannot match
+        // a port of the Service, which is where it is warned of.
+        let number = port_number("EndpointSlice ports[].port", port.port?, warnings)?;
+        let protocol = protocol(port.protocol.as_deref())?;
+        Some(Self { name: port.name.as_deref().unwrap_or_default().into(), protocol, port: number })
+    }
+}
+
+impl SliceEndpoint {
+    fn new(
+        endpoint: &discovery::Endpoint,
+        v4: bool,
+        node_name: &str,
+        warnings: &mut Vec<Warning>,
+    ) -> Option<Self> {
+        const FIELD: &str = "EndpointSlice endpoints[].addresses";
+        // Further addresses of one endpoint are the same pod again; consumers use the first.
+        let address = endpoint.addresses.first()?;
+        let ip = match usable_ip(address) {
+            None => {
+                warnings.push(Warning::Address { field: FIELD, value: address.as_str().into() });
+                return None;
+            }
+            Some(address) if address.is_ipv4() != v4 => {
+                let reason = "the slice's addressType is the other family";
+                warnings.push(Warning::Family { field: FIELD, address, reason });
+                return None;
+            }
+            Some(ip) => ip,
+        };
+        let conditions = endpoint.conditions.as_ref();
+        let hints = endpoint.hints.as_ref();
+        let nodes = hints.and_then(|hints| hints.for_nodes.as_deref()).filter(|nodes| !nodes.is_empty());
+        let zones = hints.and_then(|hints| hints.for_zones.as_deref()).unwrap_or_default();
+        Some(Self {
+            ip,
+            ready: conditions.and_then(|c| c.ready).unwrap_or(true),
+            serving: conditions.and_then(|c| c.serving).unwrap_or(true),
+            terminating: conditions.and_then(|c| c.terminating).unwrap_or(false),
+            local: endpoint.node_name.as_deref() == Some(node_name),
+            node_hint: nodes.map(|nodes| nodes.iter().any(|node| node.name == node_name)),
+            zone_hints: zones.iter().map(|zone| zone.name.as_str().into()).collect(),
+        })
+    }
+}

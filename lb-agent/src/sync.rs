@@ -1,0 +1,211 @@
+//! The main loop: takes in changes, computes what they mean, has the difference written.
+//!
+//! Level-triggered: only the latest state counts, and a failed write is tried again until it works.
+
+use crate::desired::{Config, Reconciler};
+use crate::health::Health;
+use crate::metrics::Metrics;
+use crate::model::FrontendAddr;
+use crate::source::Event;
+use crate::store::{Change, Dirty, LocalAddresses, Node, Store};
+use std::time::Duration;
+use tokio::sync::mpsc::Receiver;
+use tokio::time::{Instant, sleep_until};
+use tracing::{debug, error, info, warn};
+
+pub use crate::desired::Diff;
+
+/// The first change is written at once. After that we rest for ten times as long as the writing took, so that a
+/// storm of changes costs a tenth of a core at most; between these bounds.
+const REST: std::ops::RangeInclusive<Duration> = Duration::from_millis(5)..=Duration::from_secs(1);
+/// Between attempts to write, doubled at each.
+const RETRY: std::ops::RangeInclusive<Duration> = Duration::from_millis(100)..=Duration::from_secs(5);
+
+/// Brings differences into the kernel.
+pub trait Writer: Send {
+    /// The frontends that the kernel holds already, left by a former agent.
+    ///
+    /// # Errors
+    /// If the kernel cannot be asked; the agent gives up then.
+    fn adopt(&mut self) -> anyhow::Result<Vec<FrontendAddr>>;
+
+    /// Writes a difference. What is in it may be in the kernel already: [`Writer::adopt`]'s frontends and those of a
+    /// failed attempt are given again.
+    ///
+    /// # Errors
+    /// If anything could not be written; the same will be given again, or something newer.
+    fn apply(&mut self, diff: &Diff) -> anyhow::Result<()>;
+
+    /// The Node object or the host's addresses changed. Called before the difference that follows from it.
+    ///
+    /// # Errors
+    /// If anything could not be written; it will be called again.
+    fn node_changed(&mut self, node: &Node, addresses: &LocalAddresses) -> anyhow::Result<()> {
+        let _ = (node, addresses);
+        Ok(())
+    }
+}
+
+/// Runs until all senders of `events` are gone. One of them has to send [`Change::Addresses`] and one
+/// [`Event::Synced`] before anything is written.
+///
+/// # Errors
+/// If the writer cannot say what the kernel holds.
+pub async fn run(
+    config: Config,
+    mut events: Receiver<Event>,
+    mut writer: impl Writer,
+    health: Health,
+    metrics: Metrics,
+) -> anyhow::Result<()> {
+    let adopted = writer.adopt()?;
+    if !adopted.is_empty() {
+        info!("{} frontends of a former run are in place", adopted.len());
+    }
+    let mut sync = Loop::new(Reconciler::new(config, adopted), writer, health, metrics);
+    loop {
+        let due = sync.due();
+        tokio::select! {
+            event = events.recv() => match event {
+                Some(event) => sync.take(event),
+                None => return Ok(()),
+            },
+            () = sleep_until(due.unwrap_or_else(Instant::now)), if due.is_some() => {
+                while let Ok(event) = events.try_recv() {
+                    sync.take(event);
+                }
+                sync.write();
+            }
+        }
+    }
+}
+
+struct Loop<W> {
+    store: Store,
+    reconciler: Reconciler,
+    writer: W,
+    health: Health,
+    metrics: Metrics,
+    /// Computed but not written yet.
+    pending: Dirty,
+    node_changed: bool,
+    listed: bool,
+    addressed: bool,
+    dirty: bool,
+    first: bool,
+    not_before: Instant,
+    retry: Duration,
+}
+
+impl<W: Writer> Loop<W> {
+    fn new(reconciler: Reconciler, writer: W, health: Health, metrics: Metrics) -> Self {
+        Self {
+            store: Store::default(),
+            reconciler,
+            writer,
+            health,
+            metrics,
+            pending: Dirty::default(),
+            node_changed: false,
+            listed: false,
+            addressed: false,
+            dirty: false,
+            first: true,
+            not_before: Instant::now(),
+            retry: *RETRY.start(),
+        }
+    }
+
+    /// When to write next.
+    fn due(&self) -> Option<Instant> {
+        (self.dirty && self.listed && self.addressed).then_some(self.not_before)
+    }
+
+    fn take(&mut self, event: Event) {
+        match event {
+            Event::Synced { partial } => {
+                if partial {
+                    warn!("some manifests cannot be read: what a former run served for them stays");
+                }
+                self.listed = true;
+                self.dirty = true;
+                self.reconciler.set_partial(partial);
+            }
+            Event::Changes(changes) => {
+                let mut changed = false;
+                for change in changes {
+                    self.addressed |= matches!(change, Change::Addresses(_));
+                    let of_node = matches!(change, Change::Addresses(_) | Change::Node(_));
+                    let new = self.store.apply(change);
+                    self.node_changed |= of_node && new;
+                    changed |= new;
+                }
+                if !changed {
+                    return;
+                }
+                self.dirty = true;
+                self.health.set_node_eligible(self.store.node().eligible);
+            }
+        }
+        self.collect();
+        self.health.queued();
+        self.metrics.queued(self.pending.service_changes, self.pending.slice_changes);
+    }
+
+    fn collect(&mut self) {
+        let dirty = self.store.take_dirty();
+        self.pending.services.extend(dirty.services);
+        self.pending.triggers.extend(dirty.triggers);
+        self.pending.service_changes += dirty.service_changes;
+        self.pending.slice_changes += dirty.slice_changes;
+    }
+
+    fn write(&mut self) {
+        let start = Instant::now();
+        let services = std::mem::take(&mut self.pending.services);
+        let computed = services.len();
+        for (name, warning) in self.reconciler.update(&self.store, services) {
+            warn!("Service {name}: {warning}");
+        }
+        let diff = self.reconciler.diff();
+        let (upserts, deletes) = (diff.upserts.len(), diff.deletes.len());
+        if let Err(error) = self.try_write(&diff) {
+            self.reconciler.failed(&diff);
+            self.metrics.failed();
+            error!(
+                "cannot write {upserts} and remove {deletes} frontends: {error:#}; trying again in {:?}",
+                self.retry
+            );
+            self.not_before = Instant::now() + self.retry;
+            self.retry = (self.retry * 2).min(*RETRY.end());
+            return;
+        }
+        self.reconciler.committed(diff);
+        let took = start.elapsed();
+        debug!("{computed} Services: {upserts} frontends written, {deletes} removed in {took:?}");
+        let totals = self.reconciler.totals();
+        if std::mem::take(&mut self.first) {
+            info!(
+                "{} Services with {} frontends are in place after {took:?}",
+                totals.services, totals.frontends
+            );
+        }
+        let done = std::mem::take(&mut self.pending);
+        self.metrics.synced(took, totals, &done.triggers);
+        self.health.synced();
+        self.dirty = false;
+        self.retry = *RETRY.start();
+        self.not_before = Instant::now() + (took * 10).clamp(*REST.start(), *REST.end());
+    }
+
+    fn try_write(&mut self, diff: &Diff) -> anyhow::Result<()> {
+        if self.node_changed {
+            self.writer.node_changed(self.store.node(), self.store.addresses())?;
+            self.node_changed = false;
+        }
+        if !diff.is_empty() {
+            self.writer.apply(diff)?;
+        }
+        Ok(())
+    }
+}
