@@ -5,8 +5,11 @@ pub mod guest;
 mod init;
 mod initramfs;
 mod kernel;
+mod loaded;
+mod paths;
 mod qemu;
 mod report;
+mod services;
 
 use crate::system::{ensure_debian_packages, workspace};
 use anyhow::{Context as _, Result, ensure};

@@ -1,0 +1,147 @@
+//! One request through every path of the design's table, in both families, against agents on both nodes of a lab.
+
+use super::report::Report;
+use super::services::{self, Kind, SERVICES};
+use crate::agent::{Agent, log_tail};
+use crate::lab::{Host, Lab};
+use crate::probe::{Answer, Ask, Failure};
+use anyhow::{Context as _, Result, bail, ensure};
+use std::fs;
+use std::net::{IpAddr, SocketAddr};
+use std::path::Path;
+use std::time::Duration;
+
+/// An emulated guest's agent compiles its programs at a tenth of the usual speed.
+const AGENT_START: Duration = Duration::from_secs(60);
+
+/// Builds the lab, starts the agents, tries the paths.
+pub(super) fn try_all(report: &mut Report) -> Result<()> {
+    let lab = Lab::builder("vm").pods(2).reaper(false).build().context("build the lab")?;
+    let servers = [lab.pod(0, 0), lab.pod(0, 1), lab.pod(1, 0), lab.inet().clone()];
+    let serve = |host: &Host| host.serve_ports(&[services::PORT], &[services::PORT]);
+    let _servers = servers.iter().map(serve).collect::<Result<Vec<_>>>().context("start the servers")?;
+    let paths = Paths { lab: &lab };
+    paths.both(report, "pod → pod without a Service", |v6| {
+        let (from, to) = (lab.pod(0, 0), lab.pod(1, 0));
+        expect(&from, at(&to, v6, services::PORT), &to, &[at(&from, v6, 0).ip()])
+    });
+
+    let manifests = Path::new("/tmp/manifests");
+    fs::create_dir_all(manifests)?;
+    fs::write(manifests.join("services.yaml"), services::manifests(&lab))?;
+    let start = |node: &Host| {
+        let mut agent = Agent::start(Path::new("/bin/lb-agent"), node, manifests, &[])?;
+        agent.wait_healthy(AGENT_START)?;
+        Ok(agent)
+    };
+    let agents: Result<Vec<Agent>> = [lab.node(0), lab.node(1)].into_iter().map(start).collect();
+    let _agents = match agents {
+        Ok(agents) => agents,
+        Err(error) => {
+            report.check("lb-agent on both nodes", Err(error));
+            return Ok(());
+        }
+    };
+    report.check("lb-agent on both nodes", Ok(()));
+    super::loaded::look(report, lab.node(0));
+    let before = report.passed();
+    let tried = report.checks.len();
+    paths.to_services(report);
+    paths.without_services(report);
+    if report.passed() - before < report.checks.len() - tried {
+        print!("{}{}", log_tail(lab.node(0)), log_tail(lab.node(1)));
+    }
+    Ok(())
+}
+
+struct Paths<'a> {
+    lab: &'a Lab,
+}
+
+impl Paths<'_> {
+    fn both(&self, report: &mut Report, name: &str, path: impl Fn(bool) -> Result<()>) {
+        report.check(format!("{name}, IPv4"), path(false));
+        report.check(format!("{name}, IPv6"), path(true));
+    }
+
+    fn to_services(&self, report: &mut Report) {
+        let (lab, pod, client) = (self.lab, self.lab.pod(0, 0), self.lab.client());
+        let node = |v6| at(lab.node(0), v6, 0).ip();
+        let gateway = |v6| services::bridge_address(lab, v6);
+        // What a server on another node sees of a masqueraded client: an address of the node's, the overlay's included.
+        let of_node = |v6| vec![node(v6), gateway(v6), services::overlay_address(lab, v6)];
+
+        for (service, server) in [(0, lab.pod(0, 1)), (1, lab.pod(1, 0))] {
+            let (service, place) = (&SERVICES[service], if service == 0 { "here" } else { "there" });
+            self.both(report, &format!("pod → ClusterIP, backend {place}"), |v6| {
+                expect(&pod, service.at(Kind::ClusterIp, lab, v6), &server, &[at(&pod, v6, 0).ip()])
+            });
+            for kind in [Kind::NodePort, Kind::LoadBalancer, Kind::ExternalIp] {
+                self.both(report, &format!("outside → {kind:?}, backend {place}"), |v6| {
+                    let own = vec![at(client, v6, 0).ip()];
+                    let source = if place == "here" { own } else { of_node(v6) };
+                    expect(client, service.at(kind, lab, v6), &server, &source)
+                });
+            }
+            for kind in [Kind::ClusterIp, Kind::NodePort] {
+                self.both(report, &format!("host process → {kind:?}, backend {place}"), |v6| {
+                    expect(lab.node(0), service.at(kind, lab, v6), &server, &of_node(v6))
+                });
+            }
+        }
+        self.both(report, "pod → ClusterIP → itself (hairpin)", |v6| {
+            expect(&pod, SERVICES[2].at(Kind::ClusterIp, lab, v6), &pod, &[gateway(v6)])
+        });
+        self.both(report, "pod → ClusterIP, backend outside the cluster", |v6| {
+            expect(&pod, SERVICES[3].at(Kind::ClusterIp, lab, v6), lab.inet(), &[node(v6)])
+        });
+        self.both(report, "no endpoints: pod refused at once", |v6| {
+            expect_refused(&pod, SERVICES[4].at(Kind::ClusterIp, lab, v6))
+        });
+        self.both(report, "no endpoints: outside refused at once", |v6| {
+            expect_refused(client, SERVICES[4].at(Kind::NodePort, lab, v6))
+        });
+    }
+
+    fn without_services(&self, report: &mut Report) {
+        let (pod, inet) = (self.lab.pod(0, 0), self.lab.inet());
+        self.both(report, "pod → outside, masqueraded", |v6| {
+            expect(&pod, at(inet, v6, services::PORT), inet, &[at(self.lab.node(0), v6, 0).ip()])?;
+            ensure!(pod.pings(at(inet, v6, 0).ip())?, "ping: no answer");
+            Ok(())
+        });
+    }
+}
+
+fn at(host: &Host, v6: bool, port: u16) -> SocketAddr {
+    host.at(port)[usize::from(v6)]
+}
+
+/// One request over TCP and over UDP, connected and not: `server` answers, and sees one of `sources`; the client
+/// sees whom it asked.
+fn expect(from: &Host, to: SocketAddr, server: &Host, sources: &[IpAddr]) -> Result<()> {
+    let asks =
+        [("TCP", Ask::tcp(to)), ("UDP", Ask::udp(to)), ("unconnected UDP", Ask::udp(to).unconnected())];
+    for (what, ask) in asks {
+        let answers = from.ask(&ask)?;
+        let [Answer(Ok(reply))] = answers.as_slice() else { bail!("{what} to {to}: {answers:?}") };
+        ensure!(
+            reply.name == server.name(),
+            "{what} to {to}: {} answered, not {}",
+            reply.name,
+            server.name()
+        );
+        ensure!(reply.from == to, "{what} to {to}: the answer came from {}", reply.from);
+        let source = reply.peer.context("the server did not say whom it saw")?.ip();
+        ensure!(sources.contains(&source), "{what} to {to}: the server saw {source}, not one of {sources:?}");
+    }
+    Ok(())
+}
+
+fn expect_refused(from: &Host, to: SocketAddr) -> Result<()> {
+    for (what, ask) in [("TCP", Ask::tcp(to)), ("UDP", Ask::udp(to))] {
+        let answers = from.ask(&ask)?;
+        ensure!(matches!(answers.as_slice(), [Answer(Err(Failure::Refused))]), "{what} to {to}: {answers:?}");
+    }
+    Ok(())
+}
