@@ -26,8 +26,8 @@ pub const GATEWAY_V6: Ipv6Addr = Ipv6Addr::new(0xfd00, 0x172, 0x18, 0, 0, 0, 0, 
 
 /// MTU of the node LAN.
 const MTU: u32 = 1500;
-/// MTU of pods: what vxlan leaves of 1500.
-const POD_MTU: u32 = 1450;
+/// MTU of pods and of the IPv4 overlay: what vxlan leaves of 1500.
+pub(crate) const POD_MTU: u32 = 1450;
 /// MTU of the IPv6 overlay.
 const OVERLAY_V6_MTU: u32 = 1430;
 
@@ -92,7 +92,7 @@ pub(crate) fn create_netns(host: &Host) -> Result<()> {
 }
 
 /// Wires the hosts that every lab has; `hosts` finds one by name.
-pub(crate) async fn connect(wire: &Host, nodes: &[Host], outside: &[&Host]) -> Result<()> {
+pub(crate) async fn connect(wire: &Host, nodes: &[Host], outside: &[&Host], pod_mtu: u32) -> Result<()> {
     let w = Net::open(&wire.netns_path())?;
     w.up("lo").await?;
     let lan = w.bridge("lan0", mac(0, 0), MTU).await?;
@@ -113,7 +113,7 @@ pub(crate) async fn connect(wire: &Host, nodes: &[Host], outside: &[&Host]) -> R
         w.route(EXTERNAL_V6, 64, n1.v6, None).await?;
     }
     for (i, host) in nodes.iter().enumerate() {
-        node(i, host, nodes).await?;
+        node(i, host, nodes, pod_mtu).await?;
     }
     Ok(())
 }
@@ -132,9 +132,9 @@ async fn leaf(ns: &Path, addrs: (Ipv4Addr, Ipv6Addr), router: (Ipv4Addr, Ipv6Add
 }
 
 /// A node: its bridge for pods and its overlay devices, as flannel lays them out.
-async fn node(i: usize, host: &Host, nodes: &[Host]) -> Result<()> {
+async fn node(i: usize, host: &Host, nodes: &[Host], pod_mtu: u32) -> Result<()> {
     let net = leaf(&host.netns_path(), (host.v4, host.v6), (GATEWAY_V4, GATEWAY_V6)).await?;
-    let bridge = net.bridge("cni0", mac(1, i), POD_MTU).await?;
+    let bridge = net.bridge("cni0", mac(1, i), pod_mtu).await?;
     let (v4, v6) = pod_net_addrs(i, 1);
     net.addr(bridge, v4, 24).await?;
     net.addr(bridge, v6, 64).await?;
@@ -161,10 +161,10 @@ pub(crate) fn veth_name(pod: &Host) -> String {
 }
 
 /// Plugs a pod into its node's bridge, as the bridge CNI plugin does.
-pub(crate) async fn plug_pod(node: &Host, pod: &Host) -> Result<()> {
+pub(crate) async fn plug_pod(node: &Host, pod: &Host, mtu: u32) -> Result<()> {
     let net = Net::open(&node.netns_path())?;
     let bridge = net.index("cni0").await?;
-    let port = net.veth(&veth_name(pod), Some(bridge), &pod.netns_path(), "eth0", POD_MTU).await?;
+    let port = net.veth(&veth_name(pod), Some(bridge), &pod.netns_path(), "eth0", mtu).await?;
     net.hairpin(port).await?;
     leaf(&pod.netns_path(), (pod.v4, pod.v6), router_of((pod.v4, pod.v6))).await?;
     Ok(())

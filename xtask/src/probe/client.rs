@@ -21,6 +21,11 @@ impl Server {
     pub fn pid(&self) -> u32 {
         self.0.id()
     }
+
+    /// Leaves it running.
+    pub fn keep(self) {
+        std::mem::forget(self);
+    }
 }
 
 impl Drop for Server {

@@ -17,8 +17,8 @@ use super::wire::{Greeting, Pattern, canonical};
 /// `probe serve`: answers each TCP line and each UDP datagram with a line of JSON that says who asked.
 ///
 /// TCP requests are lines, as many as wanted on one connection: `BULK n` is answered by n bytes, `SINK n` takes
-/// n bytes and then answers, `HOLD` is answered and ends the conversation without ending the connection, anything
-/// else is answered. It prints `"ready"` once it listens on every port.
+/// n bytes and then answers, `HOLD` is answered and ends the conversation without ending the connection, HTTP's `GET`
+/// is answered as curl likes it, anything else is answered. It prints `"ready"` once it listens on every port.
 #[derive(Clone, Debug, Default, clap::Args)]
 pub struct Serve {
     /// Name to answer with
@@ -96,7 +96,8 @@ fn converse(stream: TcpStream, peer: SocketAddr, name: &str, pattern: &Pattern) 
         }
         let mut greeting =
             Greeting { name: name.into(), peer, local, bytes: line.len() as u64, wrong_at: None };
-        let mut words = line.split_whitespace();
+        let request = line.clone();
+        let mut words = request.split_whitespace();
         let (word, count) = (words.next(), words.next().and_then(|n| n.parse::<u64>().ok()));
         match (word, count) {
             (Some("BULK"), Some(n)) => {
@@ -109,9 +110,20 @@ fn converse(stream: TcpStream, peer: SocketAddr, name: &str, pattern: &Pattern) 
             }
             _ => {}
         }
-        let hold = word == Some("HOLD");
+        let (hold, http) = (word == Some("HOLD"), word == Some("GET"));
+        while http && line.trim() != "" {
+            line.clear();
+            reader.read_line(&mut line)?;
+        }
         let mut answer = serde_json::to_vec(&greeting)?;
         answer.push(b'\n');
+        if http {
+            let length = answer.len();
+            write!(
+                writer,
+                "HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nContent-Length: {length}\r\n\r\n"
+            )?;
+        }
         writer.write_all(&answer)?;
         if hold {
             return io::copy(&mut reader.by_ref(), &mut io::sink()).map(drop);

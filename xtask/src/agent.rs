@@ -1,0 +1,142 @@
+//! The built `lb-agent` on a node of a lab.
+
+use std::fs::{self, File};
+use std::io::{Read, Write};
+use std::net::TcpStream;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, bail, ensure};
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
+
+use crate::lab::{CLUSTER_CIDR, Host};
+use crate::system::workspace;
+
+/// Where `/healthz` answers inside a node.
+const HEALTHZ: &str = "127.0.0.1:10256";
+
+/// Builds `lb-agent` as this program was built and returns its path.
+///
+/// # Errors
+/// If the build fails; what cargo said has been shown.
+pub fn build() -> Result<PathBuf> {
+    let profile = if cfg!(debug_assertions) { "debug" } else { "release" };
+    let mut cargo = Command::new(std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into()));
+    cargo.current_dir(workspace()).args(["build", "--quiet", "--package", "lb-agent", "--bins"]);
+    if profile == "release" {
+        cargo.arg("--release");
+    }
+    ensure!(cargo.status().context("starting cargo")?.success(), "building lb-agent failed");
+    let target =
+        std::env::var_os("CARGO_TARGET_DIR").map_or_else(|| workspace().join("target"), PathBuf::from);
+    Ok(target.join(profile).join("lb-agent"))
+}
+
+/// A running agent; dropping it kills it. What it wrote to the kernel stays.
+#[derive(Debug)]
+pub struct Agent {
+    child: Child,
+    node: Host,
+}
+
+impl Agent {
+    /// Starts `lb-agent run` on a node, with the node's own bpffs and cgroup and the lab's pod networks, and `flags`
+    /// after those. Its output is added to [`log_path`].
+    ///
+    /// # Errors
+    /// If the program cannot be started.
+    pub fn start(exe: &Path, node: &Host, manifests: &Path, flags: &[&str]) -> Result<Self> {
+        let log = File::options().create(true).append(true).open(log_path(node))?;
+        let mut command = node.command(exe);
+        command.arg("run").arg("--manifests").arg(manifests).args(["--hostname-override", node.name()]);
+        command.arg("--bpffs").arg(node.bpffs_dir()).arg("--cgroup").arg(node.cgroup_dir());
+        command.args(["--cluster-cidr", CLUSTER_CIDR, "--healthz-bind-address", "0.0.0.0:10256"]);
+        command.args(["--metrics-bind-address", "127.0.0.1:10249"]).args(flags);
+        command.env("RUST_LOG", "info").stdin(Stdio::null()).stdout(log.try_clone()?).stderr(log);
+        let child =
+            command.spawn().with_context(|| format!("starting {} on {}", exe.display(), node.name()))?;
+        Ok(Self { child, node: node.clone() })
+    }
+
+    /// Waits until `/healthz` says 200: everything known has been written to the kernel.
+    ///
+    /// # Errors
+    /// If the agent ends, or is not ready in time; the end of its log is part of the message.
+    pub fn wait_healthy(&mut self, timeout: Duration) -> Result<()> {
+        let deadline = Instant::now() + timeout;
+        loop {
+            if let Some(status) = self.child.try_wait()? {
+                bail!("lb-agent on {} ended: {status}\n{}", self.node.name(), log_tail(&self.node));
+            }
+            if self.node.run_in(healthz_says_ok)? {
+                return Ok(());
+            }
+            if Instant::now() > deadline {
+                bail!(
+                    "lb-agent on {} is not ready after {timeout:?}\n{}",
+                    self.node.name(),
+                    log_tail(&self.node)
+                );
+            }
+            std::thread::sleep(Duration::from_millis(20));
+        }
+    }
+
+    /// Its process.
+    pub fn pid(&self) -> u32 {
+        self.child.id()
+    }
+
+    /// Asks it to end and waits until it has.
+    ///
+    /// # Errors
+    /// If it has not ended after ten seconds.
+    pub fn stop(mut self) -> Result<()> {
+        kill(Pid::from_raw(self.child.id() as i32), Signal::SIGTERM)?;
+        let deadline = Instant::now() + Duration::from_secs(10);
+        while self.child.try_wait()?.is_none() {
+            ensure!(Instant::now() < deadline, "lb-agent on {} does not end", self.node.name());
+            std::thread::sleep(Duration::from_millis(5));
+        }
+        Ok(())
+    }
+
+    /// Leaves it running.
+    pub fn keep(self) {
+        std::mem::forget(self);
+    }
+}
+
+impl Drop for Agent {
+    fn drop(&mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+/// Where the agent of a node writes its log.
+pub fn log_path(node: &Host) -> PathBuf {
+    node.state_dir().join("agent.log")
+}
+
+/// The last lines of a node's agent.
+pub fn log_tail(node: &Host) -> String {
+    let text = fs::read(log_path(node)).unwrap_or_default();
+    let text = String::from_utf8_lossy(&text);
+    let lines: Vec<_> = text.lines().collect();
+    lines[lines.len().saturating_sub(15)..].iter().map(|l| format!("  {}: {l}\n", node.name())).collect()
+}
+
+fn healthz_says_ok() -> bool {
+    let ask = || -> std::io::Result<bool> {
+        let mut stream = TcpStream::connect(HEALTHZ)?;
+        stream.set_read_timeout(Some(Duration::from_secs(1)))?;
+        stream.write_all(b"GET /healthz HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n")?;
+        let mut answer = [0; 16];
+        stream.read_exact(&mut answer)?;
+        Ok(answer.starts_with(b"HTTP/1.1 200"))
+    };
+    ask().unwrap_or(false)
+}
