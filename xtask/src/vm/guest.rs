@@ -1,11 +1,12 @@
 //! What runs on each kernel.
 
-use super::REPORT_FILE;
 use super::report::Report;
+use super::{OBJECT_FILE, REPORT_FILE};
 use anyhow::{Context as _, Result, ensure};
 use futures::TryStreamExt as _;
 use rtnetlink::{LinkBridge, LinkUnspec, LinkVeth, LinkVxlan};
 use std::fs;
+use std::path::Path;
 
 /// Options of this subcommand.
 #[derive(Debug, clap::Args)]
@@ -37,6 +38,9 @@ pub fn run(args: Args) -> Result<()> {
         "netns, bridge, veth, vxlan",
         std::thread::spawn(devices).join().expect("devices() does not panic"),
     );
+    if let Err(error) = super::verifier::load_all(&mut report, Path::new(OBJECT_FILE)) {
+        report.check("verifier", Err(error));
+    }
     if let Err(error) = super::paths::try_all(&mut report) {
         report.check("lab", Err(error));
     }

@@ -10,6 +10,7 @@ mod paths;
 mod qemu;
 mod report;
 mod services;
+mod verifier;
 
 use crate::system::{ensure_debian_packages, workspace};
 use anyhow::{Context as _, Result, ensure};
@@ -17,9 +18,9 @@ use apt::Apt;
 use kernel::Kernel;
 use qemu::{Boot, Outcome};
 use report::Row;
-use std::fs;
+use std::fs::{self, File};
 use std::path::{Path, PathBuf};
-use std::process::Command;
+use std::process::{Command, Stdio};
 use std::sync::Mutex;
 use std::time::{Duration, Instant};
 
@@ -28,6 +29,8 @@ const MATRIX: &str = "5.10,6.1,6.12,6.18,7.2";
 
 const PAYLOAD_DIR: &str = "/bin";
 const MODULE_DIR: &str = "/modules";
+/// The kernel programs, for loading them without the agent.
+const OBJECT_FILE: &str = "/bin/lb-ebpf.o";
 const REPORT_FILE: &str = "/run/report.json";
 /// What follows `--` are init's arguments.
 const COMMAND_LINE: &str =
@@ -73,6 +76,12 @@ pub fn run(args: Args) -> Result<()> {
         fs::create_dir_all(dir.join(sub)).with_context(|| format!("create {}/{sub}", dir.display()))?;
     }
     let dir = dir.canonicalize()?;
+    // Two runs at once would write each other's files.
+    let lock = File::create(dir.join(".lock")).context("create the lock file of target/vm")?;
+    if lock.try_lock().is_err() {
+        eprintln!("waiting for another vm-test to end");
+        lock.lock().context("lock target/vm")?;
+    }
     let kernels = match (&args.kernel_image, &args.modules) {
         (Some(image), Some(modules)) => {
             vec![(kernel::CUSTOM.into(), Kernel::from_files(image.clone(), modules.clone()))]
@@ -138,7 +147,7 @@ fn build(dir: &Path) -> Result<Vec<PathBuf>> {
     let target_dir = dir.join("build");
     let flags = format!("target.{TARGET}.rustflags=['-Ctarget-feature=+crt-static']");
     let cargo = std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into());
-    let status = Command::new(cargo)
+    let built = Command::new(cargo)
         .current_dir(workspace())
         .args([
             "build",
@@ -151,13 +160,25 @@ fn build(dir: &Path) -> Result<Vec<PathBuf>> {
             "--package",
             "lb-agent",
         ])
-        .args(["--config", &flags, "--target-dir"])
+        .args(["--message-format", "json-render-diagnostics", "--config", &flags, "--target-dir"])
         .arg(&target_dir)
-        .status()
+        .stderr(Stdio::inherit())
+        .output()
         .context("start cargo")?;
-    ensure!(status.success(), "cargo could not build the guest's binaries");
+    ensure!(built.status.success(), "cargo could not build the guest's binaries");
     let out = target_dir.join(TARGET).join("release");
-    Ok(["xtask", "lb-agent", "lbctl"].map(|name| out.join(name)).into())
+    let object = object_file(&String::from_utf8_lossy(&built.stdout))
+        .context("cargo did not say where lb-agent's build script left the kernel programs")?;
+    Ok([out.join("xtask"), out.join("lb-agent"), out.join("lbctl"), object].into())
+}
+
+/// Finds the kernel programs in cargo's messages: lb-agent's build script compiles them.
+fn object_file(messages: &str) -> Option<PathBuf> {
+    messages.lines().filter(|line| line.contains("build-script-executed")).find_map(|line| {
+        let message: serde_json::Value = serde_json::from_str(line).ok()?;
+        message["package_id"].as_str().filter(|id| id.contains("/lb-agent#"))?;
+        Some(Path::new(message["out_dir"].as_str()?).join("lb-ebpf.o"))
+    })
 }
 
 fn row(name: String, kernel: Result<Kernel>, dir: &Path, binaries: &[PathBuf], timeout: Duration) -> Row {
@@ -197,5 +218,19 @@ fn test(
     match boot.run()? {
         Outcome::Exited(status, report) => Ok((status, report)),
         outcome => anyhow::bail!("{}, twice; its console: {}", describe(&outcome), log.display()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_programs_are_where_cargo_says() {
+        let messages = r#"{"reason":"build-script-executed","package_id":"registry+x#libc@0.2","out_dir":"/t/libc/out"}
+{"reason":"build-script-executed","package_id":"path+file:///w/lb-agent#0.1.0","out_dir":"/t/lb-agent-1/out"}
+{"reason":"build-finished","success":true}"#;
+        assert_eq!(object_file(messages).as_deref(), Some(Path::new("/t/lb-agent-1/out/lb-ebpf.o")));
+        assert_eq!(object_file(r#"{"reason":"build-finished","success":true}"#), None);
     }
 }
