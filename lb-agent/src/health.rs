@@ -1,6 +1,6 @@
 //! `/healthz` and `/livez`, answered as kube-proxy does: load balancers and autoscalers act upon them.
 
-mod server;
+pub mod server;
 
 pub use server::{Handler, Reply, serve};
 

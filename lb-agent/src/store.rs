@@ -49,14 +49,20 @@ pub struct Dirty {
 /// The trimmed objects, slices by their Service.
 #[derive(Debug, Default)]
 pub struct Store {
-    services: HashMap<ObjectName, Arc<Service>>,
-    /// Sorted by slice name: most Services have one, so a map of maps would cost more than the slices.
-    slices: HashMap<ObjectName, Vec<(ObjectName, Arc<Slice>)>>,
+    objects: HashMap<ObjectName, Entry>,
     /// Which Service a slice belongs to; its label may change while it lives.
     owners: HashMap<ObjectName, ObjectName>,
     node: Node,
     addresses: LocalAddresses,
     dirty: Dirty,
+}
+
+/// What is known under the name of a Service.
+#[derive(Debug, Default)]
+struct Entry {
+    service: Option<Arc<Service>>,
+    /// Sorted by slice name: most Services have one, so a map of maps would cost more than the slices.
+    slices: Vec<(ObjectName, Arc<Slice>)>,
 }
 
 impl Store {
@@ -86,13 +92,13 @@ impl Store {
     }
 
     fn apply_service(&mut self, name: ObjectName, service: Option<Arc<Service>>) -> bool {
-        if self.services.get(&name) == service.as_ref() {
+        let entry = self.objects.entry(name.clone()).or_default();
+        let changed = entry.service != service;
+        entry.service = service;
+        self.forget_if_empty(&name);
+        if !changed {
             return false;
         }
-        match service {
-            Some(service) => self.services.insert(name.clone(), service),
-            None => self.services.remove(&name),
-        };
         self.dirty.services.insert(name);
         self.dirty.service_changes += 1;
         true
@@ -111,7 +117,7 @@ impl Store {
         }
         if let Some(slice) = slice {
             self.owners.insert(name.clone(), slice.service.clone());
-            let slices = self.slices.entry(slice.service.clone()).or_default();
+            let slices = &mut self.objects.entry(slice.service.clone()).or_default().slices;
             let at = slices.partition_point(|(other, _)| *other < name);
             slices.reserve_exact(1);
             slices.insert(at, (name, slice));
@@ -121,37 +127,45 @@ impl Store {
 
     fn detach(&mut self, name: &ObjectName) -> Option<Arc<Slice>> {
         let service = self.owners.remove(name)?;
-        let slices = self.slices.get_mut(&service)?;
+        let slices = &mut self.objects.get_mut(&service)?.slices;
         let at = slices.iter().position(|(other, _)| other == name)?;
         let (_, slice) = slices.remove(at);
-        if slices.is_empty() {
-            self.slices.remove(&service);
-        }
+        self.forget_if_empty(&service);
         Some(slice)
     }
 
+    fn forget_if_empty(&mut self, name: &ObjectName) {
+        if self.objects.get(name).is_some_and(|entry| entry.service.is_none() && entry.slices.is_empty()) {
+            self.objects.remove(name);
+        }
+    }
+
     fn mark_all(&mut self) {
-        self.dirty.services.extend(self.services.keys().cloned());
+        self.dirty.services.extend(self.objects.keys().cloned());
     }
 
     fn mark_node_ports(&mut self) {
-        let on_nodes = self.services.iter().filter(|(_, service)| service.has_node_port());
-        self.dirty.services.extend(on_nodes.map(|(name, _)| name.clone()));
+        for (name, entry) in &self.objects {
+            if entry.service.as_ref().is_some_and(|service| service.has_node_port()) {
+                self.dirty.services.insert(name.clone());
+            }
+        }
     }
 
     /// The Service of that name.
     pub fn service(&self, name: &ObjectName) -> Option<&Service> {
-        self.services.get(name).map(|service| &**service)
+        self.objects.get(name)?.service.as_deref()
     }
 
     /// All Services, in no order.
     pub fn services(&self) -> impl Iterator<Item = (&ObjectName, &Service)> {
-        self.services.iter().map(|(name, service)| (name, &**service))
+        self.objects.iter().filter_map(|(name, entry)| Some((name, entry.service.as_deref()?)))
     }
 
     /// The slices of a Service, sorted by name.
     pub fn slices(&self, service: &ObjectName) -> impl Iterator<Item = &Slice> {
-        self.slices.get(service).into_iter().flatten().map(|(_, slice)| &**slice)
+        let entry = self.objects.get(service);
+        entry.into_iter().flat_map(|entry| &entry.slices).map(|(_, slice)| &**slice)
     }
 
     /// This node's object; empty while there is none.

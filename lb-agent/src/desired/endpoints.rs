@@ -20,22 +20,22 @@ impl Categorized {
         v4: bool,
         zone: Option<&str>,
     ) -> Self {
-        let mut all: BTreeMap<SocketAddr, &SliceEndpoint> = BTreeMap::new();
+        let mut all: BTreeMap<SocketAddr, Candidate<'_>> = BTreeMap::new();
         for slice in slices {
             let joins =
                 |other: &&crate::store::SlicePort| other.name == port.name && other.protocol == port.protocol;
             let Some(port) = slice.ports.iter().find(joins) else { continue };
             for endpoint in slice.endpoints.iter().filter(|endpoint| endpoint.ip.is_ipv4() == v4) {
+                let new = Candidate { endpoint, zones: slice.zone_hints(endpoint) };
                 // The controller may list an endpoint in two slices for a moment. The more useful entry counts.
-                let kept = all.entry(SocketAddr::new(endpoint.ip, port.port)).or_insert(endpoint);
-                if (endpoint.ready, endpoint.serving, endpoint.local) > (kept.ready, kept.serving, kept.local)
-                {
-                    *kept = endpoint;
+                let kept = all.entry(SocketAddr::new(endpoint.ip, port.port)).or_insert(new);
+                if new.usefulness() > kept.usefulness() {
+                    *kept = new;
                 }
             }
         }
 
-        let hint = Topology::of(all.values().copied(), zone);
+        let hint = Topology::of(all.values(), zone);
         let ready = pick(&all, |endpoint| endpoint.ready && hint.admits(endpoint, zone));
         let cluster = or_else(ready, || pick(&all, terminating));
         let local_ready = pick(&all, |endpoint| endpoint.local && endpoint.ready);
@@ -51,15 +51,32 @@ impl Categorized {
     }
 }
 
+#[derive(Clone, Copy)]
+struct Candidate<'a> {
+    endpoint: &'a SliceEndpoint,
+    zones: &'a [Box<str>],
+}
+
+impl Candidate<'_> {
+    fn usefulness(&self) -> (bool, bool, bool) {
+        (self.endpoint.ready, self.endpoint.serving, self.endpoint.local)
+    }
+}
+
+impl std::ops::Deref for Candidate<'_> {
+    type Target = SliceEndpoint;
+
+    fn deref(&self) -> &SliceEndpoint {
+        self.endpoint
+    }
+}
+
 /// Endpoints that shut down but still answer: used only where no ready one is left.
-fn terminating(endpoint: &SliceEndpoint) -> bool {
+fn terminating(endpoint: &Candidate<'_>) -> bool {
     endpoint.serving && endpoint.terminating
 }
 
-fn pick(
-    all: &BTreeMap<SocketAddr, &SliceEndpoint>,
-    wanted: impl Fn(&SliceEndpoint) -> bool,
-) -> Vec<Endpoint> {
+fn pick(all: &BTreeMap<SocketAddr, Candidate<'_>>, wanted: impl Fn(&Candidate<'_>) -> bool) -> Vec<Endpoint> {
     let wanted = all.iter().filter(|(_, endpoint)| wanted(endpoint));
     wanted.map(|(addr, endpoint)| Endpoint { addr: *addr, local: endpoint.local }).collect()
 }
@@ -82,25 +99,25 @@ enum Topology {
 }
 
 impl Topology {
-    fn of<'a>(endpoints: impl Iterator<Item = &'a SliceEndpoint> + Clone, zone: Option<&str>) -> Self {
+    fn of<'a>(endpoints: impl Iterator<Item = &'a Candidate<'a>> + Clone, zone: Option<&str>) -> Self {
         let ready = endpoints.filter(|endpoint| endpoint.ready);
-        let usable = |hinted: fn(&SliceEndpoint) -> bool, mode: Self| {
+        let usable = |hinted: fn(&Candidate<'_>) -> bool, mode: Self| {
             ready.clone().all(hinted) && ready.clone().any(|endpoint| mode.admits(endpoint, zone))
         };
         if usable(|endpoint| endpoint.node_hint.is_some(), Self::Node) {
             Self::Node
-        } else if usable(|endpoint| !endpoint.zone_hints.is_empty(), Self::Zone) {
+        } else if usable(|endpoint| !endpoint.zones.is_empty(), Self::Zone) {
             Self::Zone
         } else {
             Self::Everywhere
         }
     }
 
-    fn admits(self, endpoint: &SliceEndpoint, zone: Option<&str>) -> bool {
+    fn admits(self, endpoint: &Candidate<'_>, zone: Option<&str>) -> bool {
         match self {
             Self::Everywhere => true,
             Self::Node => endpoint.node_hint == Some(true),
-            Self::Zone => zone.is_some_and(|zone| endpoint.zone_hints.iter().any(|hint| &**hint == zone)),
+            Self::Zone => zone.is_some_and(|zone| endpoint.zones.iter().any(|hint| &**hint == zone)),
         }
     }
 }

@@ -57,9 +57,9 @@ struct Claim {
 struct Kept {
     created: i64,
     frontends: Box<[(FrontendAddr, Arc<Frontend>)]>,
-    health_check: Option<(u16, usize)>,
+    health_check: Option<(u16, u32)>,
     warnings: Box<[Warning]>,
-    without_local: (usize, usize),
+    without_local: (u32, u32),
 }
 
 /// Keeps each Service's result, so that only what changed is computed and written.
@@ -229,7 +229,7 @@ impl Reconciler {
     pub fn health_checks(&self) -> impl Iterator<Item = (&ObjectName, u16, usize)> {
         self.services
             .iter()
-            .filter_map(|(name, kept)| kept.health_check.map(|(port, local)| (name, port, local)))
+            .filter_map(|(name, kept)| kept.health_check.map(|(port, local)| (name, port, local as usize)))
     }
 
     fn count(&mut self, kept: &Kept, add: bool) {
@@ -238,8 +238,8 @@ impl Reconciler {
         };
         change(&mut self.totals.services, usize::from(!kept.frontends.is_empty()));
         change(&mut self.totals.warnings, kept.warnings.len());
-        change(&mut self.totals.without_local_internal, kept.without_local.0);
-        change(&mut self.totals.without_local_external, kept.without_local.1);
+        change(&mut self.totals.without_local_internal, kept.without_local.0 as usize);
+        change(&mut self.totals.without_local_external, kept.without_local.1 as usize);
     }
 }
 
@@ -261,11 +261,11 @@ impl Kept {
             internal.extend(inside.then_some(key));
             external.extend(outside.then_some(key));
         }
-        let without_local = (internal.len(), external.len());
+        let without_local = (internal.len() as u32, external.len() as u32);
         Self {
             created,
             without_local,
-            health_check: desired.health_check,
+            health_check: desired.health_check.map(|(port, local)| (port, local as u32)),
             warnings: desired.warnings.into(),
             frontends: desired.frontends.into_iter().collect(),
         }

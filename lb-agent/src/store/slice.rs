@@ -19,6 +19,8 @@ pub struct Slice {
     pub ports: Box<[SlicePort]>,
     /// The endpoints.
     pub endpoints: Box<[SliceEndpoint]>,
+    /// The different `hints.forZones`, see [`Slice::zone_hints`]. Endpoints are many and their zones few.
+    zones: Box<[Box<[Box<str>]>]>,
     /// What is not served, and why.
     pub warnings: Box<[Warning]>,
     /// When the control plane saw what changed the slice. Not part of what the slice says.
@@ -30,6 +32,7 @@ impl PartialEq for Slice {
         self.service == other.service
             && self.ports == other.ports
             && self.endpoints == other.endpoints
+            && self.zones == other.zones
             && self.warnings == other.warnings
     }
 }
@@ -62,8 +65,8 @@ pub struct SliceEndpoint {
     pub local: bool,
     /// Whether hints name nodes, and whether this node is among them.
     pub node_hint: Option<bool>,
-    /// `hints.forZones`, empty where there are none.
-    pub zone_hints: Box<[Box<str>]>,
+    /// Which `hints.forZones` it has: 0 is none, others count from 1.
+    zones: u16,
 }
 
 impl Slice {
@@ -90,24 +93,31 @@ impl Slice {
         };
         let ports =
             slice.ports.iter().flatten().filter_map(|port| SlicePort::new(port, &mut warnings)).collect();
-        let endpoints = match v4 {
-            Some(v4) => slice
-                .endpoints
-                .iter()
-                .flatten()
-                .filter_map(|endpoint| SliceEndpoint::new(endpoint, v4, node_name, &mut warnings))
-                .collect(),
-            None => Box::default(),
-        };
+        let mut zones = Vec::new();
+        let listed = slice.endpoints.iter().flatten().zip(std::iter::repeat(v4));
+        let endpoints = listed
+            .filter_map(|(endpoint, v4)| {
+                SliceEndpoint::new(endpoint, v4?, node_name, &mut zones, &mut warnings)
+            })
+            .collect();
         let trigger = meta.annotations.as_ref().and_then(|annotations| annotations.get(TRIGGER_TIME));
         let trigger = trigger.and_then(|time| time.parse::<k8s_openapi::jiff::Timestamp>().ok());
         Some(Self {
             service: ObjectName::new(namespace, service),
             ports,
             endpoints,
+            zones: zones.into(),
             warnings: warnings.into(),
             trigger: trigger.map(SystemTime::from),
         })
+    }
+}
+
+impl Slice {
+    /// `hints.forZones` of one of its endpoints, empty where there are none.
+    pub fn zone_hints(&self, endpoint: &SliceEndpoint) -> &[Box<str>] {
+        let index = usize::from(endpoint.zones).checked_sub(1);
+        index.and_then(|index| self.zones.get(index)).map_or(&[], |zones| zones)
     }
 }
 
@@ -126,6 +136,7 @@ impl SliceEndpoint {
         endpoint: &discovery::Endpoint,
         v4: bool,
         node_name: &str,
+        zone_sets: &mut Vec<Box<[Box<str>]>>,
         warnings: &mut Vec<Warning>,
     ) -> Option<Self> {
         const FIELD: &str = "EndpointSlice endpoints[].addresses";
@@ -147,6 +158,16 @@ impl SliceEndpoint {
         let hints = endpoint.hints.as_ref();
         let nodes = hints.and_then(|hints| hints.for_nodes.as_deref()).filter(|nodes| !nodes.is_empty());
         let zones = hints.and_then(|hints| hints.for_zones.as_deref()).unwrap_or_default();
+        let zones: Box<[Box<str>]> = zones.iter().map(|zone| zone.name.as_str().into()).collect();
+        let zones = if zones.is_empty() {
+            0
+        } else {
+            let known = zone_sets.iter().position(|other| *other == zones);
+            known.unwrap_or_else(|| {
+                zone_sets.push(zones);
+                zone_sets.len() - 1
+            }) + 1
+        };
         Some(Self {
             ip,
             ready: conditions.and_then(|c| c.ready).unwrap_or(true),
@@ -154,7 +175,8 @@ impl SliceEndpoint {
             terminating: conditions.and_then(|c| c.terminating).unwrap_or(false),
             local: endpoint.node_name.as_deref() == Some(node_name),
             node_hint: nodes.map(|nodes| nodes.iter().any(|node| node.name == node_name)),
-            zone_hints: zones.iter().map(|zone| zone.name.as_str().into()).collect(),
+            // A slice has 1,000 endpoints at most.
+            zones: u16::try_from(zones).unwrap_or(0),
         })
     }
 }
