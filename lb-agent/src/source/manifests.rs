@@ -151,7 +151,8 @@ impl Manifests {
                 paths.push(path);
             }
         }
-        self.files.retain(|path, _| paths.contains(path));
+        paths.sort_unstable();
+        self.files.retain(|path, _| paths.binary_search(path).is_ok());
         let mut scan = Scan::default();
         for path in paths {
             let file = self.files.entry(path.clone()).or_default();

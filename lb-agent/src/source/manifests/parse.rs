@@ -160,6 +160,8 @@ impl Document<'_> {
                 let mut options = serde_saphyr::Options::default();
                 // The limits are for strangers' input; a long List would exceed them.
                 options.budget = None;
+                // A namespace may be called `n`.
+                options.strict_booleans = true;
                 serde_saphyr::from_str_with_options(self.text, options).map_err(|error| {
                     let line = error.location().map(|location| location.line());
                     (line, first_line(&error.without_snippet().to_string()))
@@ -198,7 +200,13 @@ impl Document<'_> {
             Err(fault) => return self.fail(parsed, None, Some(format!("{kind}List")), fault),
         };
         for (line, item) in items {
-            let mut header = Header::deserialize(&item).unwrap_or_default();
+            let mut header = match Header::deserialize(&item) {
+                Ok(header) => header,
+                Err(error) => {
+                    self.fail(parsed, None, None, (line, error.to_string()));
+                    continue;
+                }
+            };
             // The items of a ServiceList do not repeat what they are.
             if !kind.is_empty() && header.kind.is_none() {
                 header.kind = Some(kind.to_owned());

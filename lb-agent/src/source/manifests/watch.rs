@@ -132,3 +132,26 @@ impl Watch {
         self.writing.keys().cloned().collect()
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use tokio::time::timeout;
+
+    #[tokio::test]
+    async fn reading_is_no_change() {
+        let dir = tempfile::tempdir().unwrap();
+        let file = dir.path().join("a.yaml");
+        std::fs::write(&file, "a").unwrap();
+        let mut watch = Watch::new(dir.path()).unwrap();
+        std::fs::read(&file).unwrap();
+        assert!(
+            timeout(Duration::from_millis(300), watch.changed()).await.is_err(),
+            "our own scan would wake us"
+        );
+        std::fs::write(&file, "b").unwrap();
+        timeout(Duration::from_secs(5), watch.changed()).await.unwrap();
+        assert!(watch.take_finished().contains(&file));
+        assert!(watch.unfinished().is_empty());
+    }
+}
