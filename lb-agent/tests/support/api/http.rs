@@ -1,0 +1,188 @@
+//! Requests and responses.
+
+use super::objects::{Filter, plural};
+use super::watch::{Watch, status};
+use super::{Shared, Streaming, lock};
+use http_body_util::combinators::BoxBody;
+use http_body_util::{BodyExt as _, Full, StreamBody};
+use hyper::body::{Bytes, Frame, Incoming};
+use hyper::service::service_fn;
+use hyper::{Method, Request, Response};
+use hyper_util::rt::TokioIo;
+use serde_json::Value;
+use std::collections::HashMap;
+use std::convert::Infallible;
+use std::sync::Arc;
+use std::time::Duration;
+use tokio::net::TcpListener;
+use tokio::sync::mpsc;
+
+type Body = BoxBody<Bytes, Infallible>;
+
+pub(super) async fn serve(listener: TcpListener, shared: Arc<Shared>) {
+    while let Ok((stream, _)) = listener.accept().await {
+        if lock(&shared.behaviour).down {
+            continue;
+        }
+        let shared = shared.clone();
+        tokio::spawn(async move {
+            let mut cut = shared.cut.subscribe();
+            let service = service_fn(move |request| answer(request, shared.clone()));
+            let connection =
+                hyper::server::conn::http1::Builder::new().serve_connection(TokioIo::new(stream), service);
+            tokio::select! {
+                _ = connection => {}
+                _ = cut.changed() => {}
+            }
+        });
+    }
+}
+
+fn json(value: &Value) -> Response<Body> {
+    let code = if value["kind"] == "Status" { value["code"].as_u64().unwrap_or(200) } else { 200 };
+    Response::builder()
+        .status(code as u16)
+        .header("content-type", "application/json")
+        .body(Full::new(Bytes::from(value.to_string())).boxed())
+        .unwrap()
+}
+
+/// A path taken apart.
+struct Target {
+    kind: String,
+    namespace: Option<String>,
+    name: Option<String>,
+    status: bool,
+}
+
+impl Target {
+    fn of(path: &str) -> Option<Self> {
+        let path =
+            path.strip_prefix("/api/v1/").or_else(|| path.strip_prefix("/apis/discovery.k8s.io/v1/"))?;
+        let mut parts: Vec<_> = path.split('/').map(str::to_owned).collect();
+        let namespace =
+            (parts[0] == "namespaces" && parts.len() > 2).then(|| parts.drain(..2).nth(1)).flatten();
+        let mut parts = parts.into_iter();
+        let (kind, name) = (parts.next()?, parts.next());
+        Some(Self { kind, namespace, name, status: parts.next().as_deref() == Some("status") })
+    }
+}
+
+async fn answer(request: Request<Incoming>, shared: Arc<Shared>) -> Result<Response<Body>, Infallible> {
+    let Some(target) = Target::of(request.uri().path()) else {
+        return Ok(json(&status(404, "NotFound", request.uri().path())));
+    };
+    let query = query(request.uri().query().unwrap_or_default());
+    if request.method() == Method::GET && target.name.is_none() {
+        return Ok(read(target, &query, shared).await);
+    }
+    let method = request.method().clone();
+    let body = request.into_body().collect().await.map(|body| body.to_bytes()).unwrap_or_default();
+    let answer = write(&method, &target, serde_json::from_slice(&body).unwrap_or_default(), &shared);
+    shared.raise();
+    Ok(json(&answer))
+}
+
+async fn read(target: Target, query: &HashMap<String, String>, shared: Arc<Shared>) -> Response<Body> {
+    let get = |key: &str| query.get(key).map(String::as_str).unwrap_or_default();
+    let is = |key: &str| matches!(get(key), "true" | "1");
+    let behaviour = lock(&shared.behaviour).clone();
+    let filter = Filter {
+        namespace: target.namespace,
+        labels: get("labelSelector").into(),
+        fields: get("fieldSelector").into(),
+    };
+    let kind = target.kind;
+    let streaming = is("sendInitialEvents") && behaviour.streaming != Streaming::Unknown;
+    let verb = match (is("watch"), streaming) {
+        (false, _) => "list",
+        (true, true) => "stream",
+        (true, false) => "watch",
+    };
+    lock(&shared.requests).push(format!("{verb} {kind}"));
+    let slow = behaviour.slow_kind.is_none_or(|slow| slow == kind) && verb != "watch";
+    if slow {
+        tokio::time::sleep(behaviour.slow_list).await;
+    }
+    if verb == "list" {
+        let limit = get("limit").parse().unwrap_or(usize::MAX);
+        let token = query.get("continue").map(String::as_str);
+        let page = lock(&shared.objects).page(&kind, &filter, limit, token);
+        return json(&page.unwrap_or_else(|| status(410, "Expired", "the continue token is too old")));
+    }
+    let watch = Watch {
+        kind,
+        filter,
+        version: get("resourceVersion").parse().unwrap_or(0),
+        bookmarks: is("allowWatchBookmarks"),
+        initial_events: is("sendInitialEvents"),
+        timeout: Duration::from_secs(get("timeoutSeconds").parse().unwrap_or(300)),
+    };
+    if let Some(refusal) = watch.refusal(&shared) {
+        return json(&refusal);
+    }
+    let (send, mut receive) = mpsc::channel::<Value>(16);
+    tokio::spawn(watch.run(shared, send));
+    let stream = futures::stream::poll_fn(move |context| {
+        let line = |event: Value| Ok(Frame::data(Bytes::from(format!("{event}\n"))));
+        receive.poll_recv(context).map(|event| event.map(line))
+    });
+    let body = StreamBody::new(stream);
+    Response::builder().header("content-type", "application/json").body(body.boxed()).unwrap()
+}
+
+fn write(method: &Method, target: &Target, mut object: Value, shared: &Shared) -> Value {
+    let mut objects = lock(&shared.objects);
+    lock(&shared.requests).push(format!("{} {}", method.as_str().to_lowercase(), target.kind));
+    let namespace = target.namespace.clone().unwrap_or_default();
+    let named = object["metadata"]["name"].as_str().unwrap_or_default().to_owned();
+    let key = (target.kind.clone(), namespace.clone(), target.name.clone().unwrap_or(named));
+    let current = objects.get(&key).cloned();
+    match (method.clone(), current) {
+        (Method::POST, None) => {
+            assert_eq!(plural(object["kind"].as_str().unwrap_or_default()), target.kind, "{object}");
+            if !namespace.is_empty() {
+                object["metadata"]["namespace"] = namespace.into();
+            }
+            objects.apply(object)
+        }
+        (Method::POST, Some(_)) => status(409, "AlreadyExists", &key.2),
+        (_, None) => status(404, "NotFound", &key.2),
+        (Method::PUT, Some(mut current)) if target.status => {
+            current["status"] = object["status"].take();
+            objects.apply(current)
+        }
+        (Method::PUT, Some(current)) => {
+            object["metadata"]["namespace"] = namespace.into();
+            object["status"] = current["status"].clone();
+            objects.apply(object)
+        }
+        (Method::DELETE, Some(_)) => objects.delete(&key.0, &key.1, &key.2).unwrap_or_default(),
+        (Method::GET, Some(current)) => current,
+        (method, _) => status(405, "MethodNotAllowed", method.as_str()),
+    }
+}
+
+fn query(text: &str) -> HashMap<String, String> {
+    let pairs = text.split('&').filter(|pair| !pair.is_empty());
+    pairs
+        .map(|pair| pair.split_once('=').unwrap_or((pair, "")))
+        .map(|(k, v)| (decode(k), decode(v)))
+        .collect()
+}
+
+fn decode(text: &str) -> String {
+    let mut bytes = Vec::new();
+    let mut rest = text.bytes();
+    while let Some(byte) = rest.next() {
+        bytes.push(match byte {
+            b'+' => b' ',
+            b'%' => {
+                let digits = [rest.next().unwrap_or(b'0'), rest.next().unwrap_or(b'0')];
+                u8::from_str_radix(std::str::from_utf8(&digits).unwrap_or("0"), 16).unwrap_or(b'?')
+            }
+            byte => byte,
+        });
+    }
+    String::from_utf8(bytes).unwrap_or_default()
+}

@@ -1,0 +1,13 @@
+//! Watching a cluster over real HTTP.
+//!
+//! [`suite`] runs against the stand-in (`support/api`), or against the cluster that the kubeconfig file in
+//! `LB_TEST_KUBECONFIG` names: there it makes a namespace and a Node of its own and removes them at the end.
+//! [`faults`] needs a server that fails on command, so it always runs against the stand-in.
+
+#[path = "../support/api/mod.rs"]
+mod api;
+mod cluster;
+mod faults;
+mod http;
+mod suite;
+mod view;
