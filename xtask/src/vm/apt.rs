@@ -98,9 +98,14 @@ impl Apt {
     /// Downloads a candidate's packages and unpacks them, one over the other, into `dir`.
     pub(super) fn unpack(&self, candidate: &Candidate, dir: &Path) -> Result<()> {
         let debs = tempfile::tempdir_in(dir.parent().context("the cache has a parent")?)?;
-        output(
-            self.command("apt-get").args(["download", "-q"]).args(&candidate.parts).current_dir(debs.path()),
-        )?;
+        let base = candidate.base.as_ref();
+        // Of a package that is only named by others, apt-cache shows nothing and is content.
+        let there = |base: &&String| {
+            output(self.command("apt-cache").arg("show").arg(base)).is_ok_and(|s| !s.is_empty())
+        };
+        let base = base.filter(there);
+        let mut download = self.command("apt-get");
+        output(download.args(["download", "-q"]).args(&candidate.parts).args(base).current_dir(debs.path()))?;
         for deb in fs::read_dir(debs.path())? {
             output(Command::new("dpkg").arg("-x").arg(deb?.path()).arg(dir))?;
         }

@@ -39,6 +39,7 @@ impl Kernel {
     pub(super) fn cached(cache: &Path, series: &str) -> Option<Self> {
         let dir = cache.join(series);
         let release = ["lib/modules", "usr/lib/modules"].iter().find_map(|sub| only_entry(&dir.join(sub)))?;
+        fs::metadata(release.join("modules.builtin")).ok()?;
         // Older packages keep the image in /boot, newer ones beside the modules.
         let boot = fs::read_dir(dir.join("boot")).into_iter().flatten().filter_map(|e| Some(e.ok()?.path()));
         let image = boot.chain([release.join("vmlinuz")]).find(|p| {
@@ -61,7 +62,7 @@ impl Kernel {
             let _ = fs::remove_dir_all(cache.join(series));
             fs::rename(dir.keep(), cache.join(series))?;
             return Self::cached(cache, series)
-                .with_context(|| format!("{} holds no vmlinuz or no modules", candidate.package));
+                .with_context(|| format!("{} lacks vmlinuz, modules or modules.builtin", candidate.package));
         }
         bail!("no package of kernel {series} could be downloaded:{failures}")
     }
