@@ -248,3 +248,31 @@ async fn addresses_and_files_that_do_not_work_are_explained() {
     let error = client(Access::Kubeconfig("/nonexistent".as_ref()), None).await.map(drop).unwrap_err();
     assert!(error.to_string().starts_with("kubeconfig /nonexistent: "), "{error}");
 }
+
+#[tokio::test]
+async fn kubeconfig_files_and_tls_are_understood() {
+    let dir = tempfile::tempdir().unwrap();
+    let file = dir.path().join("kubeconfig");
+    let write = |server: &str| {
+        let config = json!({
+            "apiVersion": "v1", "kind": "Config", "current-context": "c",
+            "clusters": [{"name": "c", "cluster": {"server": server, "insecure-skip-tls-verify": true}}],
+            "users": [{"name": "u", "user": {"token": "secret"}}],
+            "contexts": [{"name": "c", "context": {"cluster": "c", "user": "u"}}],
+        });
+        std::fs::write(&file, config.to_string()).unwrap();
+    };
+    let api = prepared().await;
+    write(&api.url());
+    let mut view = View::new(client(Access::Kubeconfig(&file), None).await.unwrap(), NODE, None);
+    view.until("the lists", |view| view.synced).await;
+    // The address can be given apart: the kubeconfig may name a Service that only we can make work.
+    write("https://192.0.2.1:443");
+    let mut view = View::new(client(Access::Kubeconfig(&file), Some(&api.url())).await.unwrap(), NODE, None);
+    view.until("the lists", |view| view.synced).await;
+    // A server that does not speak TLS is an error to try again, not the end.
+    write(&api.url().replace("http:", "https:"));
+    let mut view = View::new(client(Access::Kubeconfig(&file), None).await.unwrap(), NODE, None);
+    view.settle(Duration::from_millis(500)).await;
+    assert!(!view.synced);
+}

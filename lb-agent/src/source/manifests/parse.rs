@@ -183,7 +183,7 @@ impl Document<'_> {
         if let Some(kind) = kind.strip_suffix("List") {
             return self.read_list(parsed, kind);
         }
-        self.read_object(parsed, &header, None, |kind| kind.from_text(self));
+        self.read_object(parsed, &header, None, |kind| kind.read_text(self));
     }
 
     fn read_list(&self, parsed: &mut Parsed, kind: &str) {
@@ -211,7 +211,7 @@ impl Document<'_> {
             if !kind.is_empty() && header.kind.is_none() {
                 header.kind = Some(kind.to_owned());
             }
-            self.read_object(parsed, &header, line, |kind| kind.from_value(item, self.node_name));
+            self.read_object(parsed, &header, line, |kind| kind.read_value(item, self.node_name));
         }
     }
 
@@ -309,7 +309,7 @@ impl Kind {
         }
     }
 
-    fn from_text(self, document: &Document<'_>) -> Result<Object, Fault> {
+    fn read_text(self, document: &Document<'_>) -> Result<Object, Fault> {
         Ok(match self {
             Self::Service => Object::service(&document.decode()?),
             Self::Node => Object::node(&document.decode()?),
@@ -317,7 +317,7 @@ impl Kind {
         })
     }
 
-    fn from_value(self, value: Value, node_name: &str) -> Result<Object, Fault> {
+    fn read_value(self, value: Value, node_name: &str) -> Result<Object, Fault> {
         fn decode<T: DeserializeOwned>(value: Value) -> Result<T, Fault> {
             serde_json::from_value(value).map_err(|error| (None, error.to_string()))
         }
