@@ -2,8 +2,10 @@
 pub mod cli;
 pub mod desired;
 pub mod health;
+pub mod kernel;
 pub mod metrics;
 pub mod model;
+pub mod run;
 pub mod source;
 pub mod store;
 pub mod sync;

@@ -425,45 +425,54 @@ impl Addr for Ip6 {
     }
 }
 
+// The layouts that are generic over the address. `Addr` is for `Ip4` and `Ip6` alone, and for both the assertions
+// below say that no padding is in them.
 macro_rules! plain_layouts {
-    ($($(#[$attr:meta])* $ty:ty: $size:literal;)*) => {$(
-        const _: () = assert!(size_of::<$ty>() == $size && align_of::<$ty>() <= 8);
-        $(#[$attr])*
+    ($($ty:ident: $v4:literal, $v6:literal;)*) => {$(
+        const _: () = {
+            assert!(size_of::<$ty<Ip4>>() == $v4 && align_of::<$ty<Ip4>>() == 4);
+            assert!(size_of::<$ty<Ip6>>() == $v6 && align_of::<$ty<Ip6>>() == 8);
+        };
         // SAFETY: repr(C), made of Pod fields only, valid when zero.
-        unsafe impl Zeroable for $ty {}
-        $(#[$attr])*
-        // SAFETY: repr(C), made of Pod fields only, and the size asserted above is the sum of theirs: no padding.
-        unsafe impl Pod for $ty {}
-        aya_pod!($ty);
-    )*};
-}
-
-macro_rules! aya_pod {
-    ($($ty:ty),*) => {$(
+        unsafe impl<A: Addr> Zeroable for $ty<A> {}
+        // SAFETY: repr(C), made of Pod fields only, and the sizes asserted above are the sums of theirs: no padding.
+        unsafe impl<A: Addr> Pod for $ty<A> {}
         #[cfg(all(feature = "user", not(target_arch = "bpf")))]
         // SAFETY: bytemuck's Pod has just said the same.
-        unsafe impl aya::Pod for $ty {}
+        unsafe impl<A: Addr> aya::Pod for $ty<A> {}
     )*};
 }
 
 plain_layouts! {
-    FlowKey<Ip4>: 16;
-    FlowKey<Ip6>: 40;
-    Flow<Ip4>: 48;
-    Flow<Ip6>: 96;
-    FrontendKey<Ip4>: 12;
-    FrontendKey<Ip6>: 24;
-    Slot<Ip4>: 20;
-    Slot<Ip6>: 32;
-    ServiceName: 192;
+    FlowKey: 16, 40;
+    Flow: 48, 96;
+    FrontendKey: 12, 24;
+    Slot: 20, 32;
 }
-aya_pod!(Frontend, Set, SlotKey, Device, SocketKey, SocketPeer, Ip4, Ip6);
+
+// SAFETY: bytes only.
+unsafe impl Zeroable for ServiceName {}
+// SAFETY: bytes only.
+unsafe impl Pod for ServiceName {}
+
+macro_rules! aya_pod {
+    ($($ty:ty),*) => {$(
+        #[cfg(all(feature = "user", not(target_arch = "bpf")))]
+        // SAFETY: bytemuck's Pod says the same.
+        unsafe impl aya::Pod for $ty {}
+    )*};
+}
+aya_pod!(Frontend, Set, SlotKey, Device, SocketKey, SocketPeer, ServiceName, Ip4, Ip6);
 
 const _: () = {
+    assert!(size_of::<ServiceName>() == 192);
     assert!(size_of::<Frontend>() == 28 && core::mem::offset_of!(Frontend, flags) == 24);
     assert!(size_of::<SlotKey>() == 8);
     assert!(size_of::<Device>() == 24);
     assert!(size_of::<SocketKey>() == 32);
     assert!(size_of::<SocketPeer>() == 32);
-    assert!(core::mem::offset_of!(Flow<Ip4>, last_seen) == 24 && core::mem::offset_of!(Flow<Ip6>, last_seen) == 72);
+    assert!(
+        core::mem::offset_of!(Flow<Ip4>, last_seen) == 24
+            && core::mem::offset_of!(Flow<Ip6>, last_seen) == 72
+    );
 };

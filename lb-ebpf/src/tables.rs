@@ -1,14 +1,12 @@
 //! The maps. Their sizes here are defaults; the agent sets them when it creates the maps, and pins them.
 
+use aya_ebpf::Global;
 use aya_ebpf::bindings::BPF_F_NO_PREALLOC;
 use aya_ebpf::macros::map;
 use aya_ebpf::maps::{Array, HashMap, LpmTrie, PerCpuArray};
-use aya_ebpf::Global;
 use lb_common::addr::{Ip4, Ip6};
 use lb_common::datapath::Reason;
-use lb_common::maps::{
-    Device, Flow, FlowKey, Frontend, FrontendKey, ServiceName, Slot, SlotKey,
-};
+use lb_common::maps::{Device, Flow, FlowKey, Frontend, FrontendKey, ServiceName, Slot, SlotKey};
 
 // Written by the loader before the programs are verified, constant from then on.
 
@@ -33,9 +31,11 @@ pub static LB_FLOW4: HashMap<FlowKey<Ip4>, Flow<Ip4>> = HashMap::with_max_entrie
 #[map]
 pub static LB_FLOW6: HashMap<FlowKey<Ip6>, Flow<Ip6>> = HashMap::with_max_entries(1 << 18, BPF_F_NO_PREALLOC);
 #[map]
-pub static LB_FRONT4: HashMap<FrontendKey<Ip4>, Frontend> = HashMap::with_max_entries(1 << 17, BPF_F_NO_PREALLOC);
+pub static LB_FRONT4: HashMap<FrontendKey<Ip4>, Frontend> =
+    HashMap::with_max_entries(1 << 17, BPF_F_NO_PREALLOC);
 #[map]
-pub static LB_FRONT6: HashMap<FrontendKey<Ip6>, Frontend> = HashMap::with_max_entries(1 << 17, BPF_F_NO_PREALLOC);
+pub static LB_FRONT6: HashMap<FrontendKey<Ip6>, Frontend> =
+    HashMap::with_max_entries(1 << 17, BPF_F_NO_PREALLOC);
 #[map]
 pub static LB_SLOT4: HashMap<SlotKey, Slot<Ip4>> = HashMap::with_max_entries(1 << 20, BPF_F_NO_PREALLOC);
 #[map]

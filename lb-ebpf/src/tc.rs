@@ -1,8 +1,8 @@
 //! The tc programs: packets and tables as `lb_common::datapath` wants them.
 
 use crate::tables::{
-    FLAGS, HASH_SEED, LB_CIDR4, LB_CIDR6, LB_COUNT, LB_DEVICE, LB_EPOCH, LB_FLOW4, LB_FLOW6, LB_FRONT4, LB_FRONT6,
-    LB_PORTS, LB_SLOT4, LB_SLOT6, MASQ_FIRST, MASQ_LAST,
+    FLAGS, HASH_SEED, LB_CIDR4, LB_CIDR6, LB_COUNT, LB_DEVICE, LB_EPOCH, LB_FLOW4, LB_FLOW6, LB_FRONT4,
+    LB_FRONT6, LB_PORTS, LB_SLOT4, LB_SLOT6, MASQ_FIRST, MASQ_LAST,
 };
 use aya_ebpf::bindings::{
     __sk_buff, BPF_F_MARK_MANGLED_0, BPF_F_PSEUDO_HDR, TC_ACT_SHOT, TC_ACT_UNSPEC, bpf_adj_room_mode,
@@ -140,7 +140,9 @@ impl Packet for Skb {
     #[inline(always)]
     fn l3_checksum(&mut self, offset: usize, change: Sum) -> Result<(), Reason> {
         // SAFETY: no pointers but the context.
-        check(unsafe { helpers::bpf_l3_csum_replace(self.0.cast(), offset as u32, 0, u64::from(change.0), 0) })
+        check(unsafe {
+            helpers::bpf_l3_csum_replace(self.0.cast(), offset as u32, 0, u64::from(change.0), 0)
+        })
     }
 
     #[inline(always)]

@@ -3,8 +3,8 @@
 use super::ingress::done;
 use super::parse::{Headers, Kind, Wire};
 use super::rewrite::{End, rewrite};
-use super::{Outcome, Packet, Put, PutError, Reason, Tables, Verdict};
-use crate::maps::{Addr, Device, Flow, Frontend, FrontendKey, Set, Side, Slot, SlotKey};
+use super::{Kernel, Outcome, Packet, Put, PutError, Reason, Tables, Verdict};
+use crate::maps::{Addr, Device, Flow, Frontend, FrontendKey, Side, Slot, SlotKey};
 
 /// Slots tried for a mid-flow packet whose entry was lost.
 const REPAIR_PROBES: u32 = 8;
@@ -17,16 +17,13 @@ pub(super) fn choose<A: Wire, P: Packet, K: Tables<A>>(
     headers: &Headers<A>,
     frontend: &Frontend,
 ) -> Outcome {
-    let inside = kernel.device().is_some_and(|d| d.flags & Device::POD != 0);
+    let inside = is_inside(kernel);
     let (set, drop) = if inside {
         (frontend.internal, frontend.flags & Frontend::INTERNAL_DROP != 0)
     } else {
         (frontend.external, frontend.flags & Frontend::EXTERNAL_DROP != 0)
     };
     let hash = headers.key.hash(kernel.hash_seed());
-    if !headers.starts_flow() {
-        return repair(packet, kernel, headers, set, hash);
-    }
     if set.count == 0 {
         let verdict =
             if drop { Verdict::Drop(Reason::NoLocalEndpoint) } else { Verdict::Reject(Reason::NoEndpoint) };
@@ -55,6 +52,12 @@ pub(super) fn choose<A: Wire, P: Packet, K: Tables<A>>(
     done(rewrite(packet, headers, End::Destination, flow.backend, flow.backend_port)).raw()
 }
 
+/// Whether the packet comes from a pod of this node.
+#[inline(always)]
+fn is_inside<K: Kernel>(kernel: &K) -> bool {
+    kernel.device().is_some_and(|d| d.flags & Device::POD != 0)
+}
+
 /// Uniform for any count, without a division.
 #[inline(always)]
 fn pick(hash: u32, count: u32) -> u32 {
@@ -75,7 +78,12 @@ fn again<'k, A: Addr, K: Tables<A>>(
 }
 
 #[inline(always)]
-fn new_flow<A: Addr, K: Tables<A>>(kernel: &K, headers: &Headers<A>, service: u32, slot: &Slot<A>) -> Flow<A> {
+fn new_flow<A: Addr, K: Tables<A>>(
+    kernel: &K,
+    headers: &Headers<A>,
+    service: u32,
+    slot: &Slot<A>,
+) -> Flow<A> {
     let key = &headers.key;
     Flow {
         client: key.src,
@@ -151,15 +159,15 @@ pub(super) fn forget<A: Addr, K: Tables<A>>(kernel: &K, flow: &Flow<A>) {
 /// A mid-flow packet without an entry. If the flow's other entries are there, the choice can be made again, because
 /// it goes by the hash of the tuple. Otherwise it is none of ours (kube-proxy's from before we came, say) and is
 /// left to the host.
-#[inline(always)]
-fn repair<A: Wire, P: Packet, K: Tables<A>>(
+#[inline(never)]
+pub(super) fn repair<A: Wire, P: Packet, K: Tables<A>>(
     packet: &mut P,
     kernel: &K,
     headers: &Headers<A>,
-    set: Set,
-    hash: u32,
+    frontend: &Frontend,
 ) -> Outcome {
-    let first = pick(hash, set.count);
+    let set = if is_inside(kernel) { frontend.internal } else { frontend.external };
+    let first = pick(headers.key.hash(kernel.hash_seed()), set.count);
     for i in 0..REPAIR_PROBES {
         if i >= set.count {
             break;
@@ -167,10 +175,14 @@ fn repair<A: Wire, P: Packet, K: Tables<A>>(
         let index = first + i;
         let index = if index >= set.count { index - set.count } else { index };
         let Some(slot) = kernel.slot(&SlotKey { set: set.id, index }) else { break };
-        let wanted = new_flow(kernel, headers, 0, slot);
-        if let Some(entry) = kernel.flow(&wanted.key(Side::Forward)) {
+        let mut forward = headers.key;
+        (forward.dst, forward.dport) = (slot.addr, slot.port);
+        if let Some(entry) = kernel.flow(&forward) {
             let flow = entry.get();
-            if flow.side == Side::Forward as u8 && flow.same_origin(&wanted) {
+            if flow.side == Side::Forward as u8
+                && flow.vip == headers.key.dst
+                && flow.vip_port == headers.key.dport
+            {
                 let front = flow.as_side(Side::Front);
                 if kernel.put_flow(&front.key(Side::Front), &front, Put::New).is_ok() {
                     kernel.count(Reason::Repaired);

@@ -21,20 +21,28 @@ pub fn egress<A: Wire, P: Packet, K: Tables<A>>(packet: &mut P, kernel: &K) -> V
     if headers.kind == Kind::IcmpError {
         return Verdict::from_raw(icmp_error::at_egress(packet, kernel, &headers));
     }
-    match kernel.flow(&headers.key) {
-        Some(entry) => known(packet, kernel, &headers, &entry),
-        None => Verdict::from_raw(unknown(packet, kernel, &headers)),
-    }
+    let entry = match kernel.flow(&headers.key) {
+        Some(entry) => entry,
+        None => match unknown(packet, kernel, &headers) {
+            REPAIRED => match kernel.flow(&headers.key) {
+                Some(entry) => entry,
+                None => return Verdict::Pass,
+            },
+            outcome => return Verdict::from_raw(outcome),
+        },
+    };
+    known(packet, kernel, &headers, &entry)
 }
+
+/// What [`unknown`] returns when there is an entry now. No [`Verdict`].
+const REPAIRED: Outcome = 0x400;
 
 /// No entry: lost, or the first packet of a flow that only has to be masqueraded, or nothing of ours.
 #[inline(never)]
 fn unknown<A: Wire, P: Packet, K: Tables<A>>(packet: &mut P, kernel: &K, headers: &Headers<A>) -> Outcome {
     match kernel.flow(&headers.key.reversed()) {
-        Some(twin) => match repair(kernel, headers, twin.get()) {
-            Some(entry) => known(packet, kernel, headers, &entry).raw(),
-            None => Verdict::Pass.raw(),
-        },
+        Some(twin) if repair(kernel, headers, twin.get()) => REPAIRED,
+        Some(_) => Verdict::Pass.raw(),
         None => masquerade::new_flow(packet, kernel, headers),
     }
 }
@@ -68,16 +76,17 @@ fn known<A: Wire, P: Packet, K: Tables<A>>(
 /// The entry is missing: if it belongs to a translated flow, the entry of the other direction tells. (A reply that
 /// went out with the backend's address would make its receiver reset the connection.)
 #[inline(always)]
-fn repair<'k, A: Addr, K: Tables<A>>(kernel: &'k K, headers: &Headers<A>, twin: &Flow<A>) -> Option<FlowRef<'k, A>> {
-    if twin.flags & Flow::<A>::DNAT == 0 {
-        return None;
-    }
+fn repair<A: Addr, K: Tables<A>>(kernel: &K, headers: &Headers<A>, twin: &Flow<A>) -> bool {
     let side = match Side::from_raw(twin.side) {
         Some(Side::Forward) => Side::Reply,
         Some(Side::Reply) => Side::Forward,
-        _ => return None,
+        _ => return false,
     };
-    kernel.put_flow(&headers.key, &twin.as_side(side), Put::New).ok()?;
+    if twin.flags & Flow::<A>::DNAT == 0
+        || kernel.put_flow(&headers.key, &twin.as_side(side), Put::New).is_err()
+    {
+        return false;
+    }
     kernel.count(Reason::Repaired);
-    kernel.flow(&headers.key)
+    true
 }

@@ -18,13 +18,21 @@ const ICMP_HEADER: usize = 8;
 
 /// See [`translate`].
 #[inline(never)]
-pub(super) fn at_ingress<A: Wire, P: Packet, K: Tables<A>>(packet: &mut P, kernel: &K, outer: &Headers<A>) -> Outcome {
+pub(super) fn at_ingress<A: Wire, P: Packet, K: Tables<A>>(
+    packet: &mut P,
+    kernel: &K,
+    outer: &Headers<A>,
+) -> Outcome {
     translate(packet, kernel, outer, End::Destination).raw()
 }
 
 /// See [`translate`].
 #[inline(never)]
-pub(super) fn at_egress<A: Wire, P: Packet, K: Tables<A>>(packet: &mut P, kernel: &K, outer: &Headers<A>) -> Outcome {
+pub(super) fn at_egress<A: Wire, P: Packet, K: Tables<A>>(
+    packet: &mut P,
+    kernel: &K,
+    outer: &Headers<A>,
+) -> Outcome {
     translate(packet, kernel, outer, End::Source).raw()
 }
 
@@ -44,7 +52,9 @@ fn translate<A: Wire, P: Packet, K: Tables<A>>(
         (End::Destination, Some(Side::Front)) => (flow.backend, flow.backend_port),
         (End::Destination, Some(Side::Back)) => (flow.client, flow.client_port),
         (End::Source, Some(Side::Reply)) => (flow.vip, flow.vip_port),
-        (End::Source, Some(Side::Forward)) if flow.flags & Flow::<A>::MASQ_DONE != 0 => (flow.masq, flow.masq_port),
+        (End::Source, Some(Side::Forward)) if flow.flags & Flow::<A>::MASQ_DONE != 0 => {
+            (flow.masq, flow.masq_port)
+        }
         _ => return Verdict::Pass,
     };
     done(apply(packet, outer, &quoted, at, end, new))

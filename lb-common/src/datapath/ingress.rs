@@ -1,6 +1,6 @@
 //! The ingress hook: destinations.
 
-use super::choose::{choose, forget};
+use super::choose::{choose, forget, repair};
 use super::parse::{Headers, Kind, NotOurs, Wire, parse};
 use super::rewrite::{End, rewrite};
 use super::{FlowRef, Packet, Reason, Tables, Verdict, icmp_error};
@@ -30,7 +30,11 @@ pub fn ingress<A: Wire, P: Packet, K: Tables<A>>(packet: &mut P, kernel: &K) -> 
     let Some(frontend) = kernel.frontend(&front) else {
         return not_a_service(kernel, &headers);
     };
-    Verdict::from_raw(choose(packet, kernel, &headers, frontend))
+    Verdict::from_raw(if headers.starts_flow() {
+        choose(packet, kernel, &headers, frontend)
+    } else {
+        repair(packet, kernel, &headers, frontend)
+    })
 }
 
 #[inline(always)]
@@ -81,14 +85,13 @@ fn known<A: Addr, K: Tables<A>>(
 fn not_a_service<A: Addr, K: Tables<A>>(kernel: &K, headers: &Headers<A>) -> Verdict {
     let (first, last) = kernel.masquerade_ports();
     let port = headers.key.dport.get();
-    if !matches!(headers.kind, Kind::Tcp(_))
-        || headers.starts_flow()
-        || port < first
-        || port > last
-    {
+    if !matches!(headers.kind, Kind::Tcp(_)) || headers.starts_flow() || port < first || port > last {
         return Verdict::Pass;
     }
     let ours = kernel.device().is_some_and(|d| A::masquerade_addr(d) == headers.key.dst);
-    if ours && !kernel.socket_wants(&headers.key) { Verdict::Drop(Reason::UnknownMasquerade) } else { Verdict::Pass }
+    if ours && !kernel.socket_wants(&headers.key) {
+        Verdict::Drop(Reason::UnknownMasquerade)
+    } else {
+        Verdict::Pass
+    }
 }
-

@@ -2,8 +2,8 @@
 
 use super::Packet;
 use crate::addr::{Ip4, Ip6, NetPort};
-use crate::maps::{Addr, FlowKey};
 use crate::checksum::Sum;
+use crate::maps::{Addr, FlowKey};
 use bytemuck::{Pod, Zeroable};
 
 /// Length of the Ethernet header.
@@ -222,7 +222,8 @@ impl Wire for Ip6 {
         if u32::from_be(ip.version_class_label) >> 28 != 6 {
             return Err(NotOurs::Other);
         }
-        let mut header = IpHeader { src: ip.src, dst: ip.dst, proto: ip.next, len: Self::HEADER, plain: true };
+        let mut header =
+            IpHeader { src: ip.src, dst: ip.dst, proto: ip.next, len: Self::HEADER, plain: true };
         if !is_extension(ip.next) {
             return Ok(header);
         }

@@ -125,4 +125,3 @@ fn words<const N: usize>(words: &[u16; N]) -> Sum {
     }
     Sum(total)
 }
-

@@ -1,0 +1,14 @@
+//! The only part of the agent that touches the kernel.
+//!
+//! - [`pins`]: where everything is pinned. - [`programs`]: loads the programs. - [`attach`]: puts them on devices
+//!   and the cgroup. - [`devices`]: follows the devices by netlink. - [`tables`]: the maps, typed.
+//! - [`writer`]: writes what [`crate::desired`] wants. - [`sweep`]: ends flows that have timed out.
+
+pub mod attach;
+pub mod devices;
+pub mod pins;
+pub mod programs;
+pub mod sockets;
+pub mod sweep;
+pub mod tables;
+pub mod writer;

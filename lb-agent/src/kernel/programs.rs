@@ -1,0 +1,149 @@
+//! Loads the programs: what the kernel can do is found out first, and compiled in by constants.
+
+use super::pins::Pins;
+use crate::cli::{RunArgs, SocketLb};
+use anyhow::{Context as _, Result, bail};
+use aya::programs::{ProgramType, SchedClassifier, tc::TcAttachType};
+use aya::sys::{BpfHelper, is_helper_supported, is_program_supported};
+use aya::{Ebpf, EbpfLoader};
+use lb_common::maps::flags;
+use std::os::fd::AsRawFd as _;
+
+/// The compiled programs.
+static OBJECT: &[u8] = aya::include_bytes_aligned!(concat!(env!("OUT_DIR"), "/lb-ebpf.o"));
+
+/// Every map of the object, all pinned.
+const MAPS: [&str; 13] = [
+    "LB_FLOW4",
+    "LB_FLOW6",
+    "LB_FRONT4",
+    "LB_FRONT6",
+    "LB_SLOT4",
+    "LB_SLOT6",
+    "LB_CIDR4",
+    "LB_CIDR6",
+    "LB_EPOCH",
+    "LB_DEVICE",
+    "LB_PORTS",
+    "LB_COUNT",
+    "LB_NAME",
+];
+/// Entries of a flow: see `lb_common::maps::Side`.
+const ENTRIES_PER_FLOW: u32 = 4;
+
+/// What this kernel can do, beyond what we insist on.
+#[derive(Clone, Copy, Debug)]
+pub struct Features {
+    /// tcx links (6.6); otherwise clsact filters.
+    pub tcx: bool,
+    /// Bits of [`flags`].
+    pub flags: u32,
+}
+
+impl Features {
+    /// Asks the kernel.
+    ///
+    /// # Errors
+    /// Without the right to use BPF, or without BPF.
+    pub fn probe() -> Result<Self> {
+        let has = |program, helper| is_helper_supported(program, helper).unwrap_or(false);
+        // Any kernel that we run on has this one: it tells a missing right from a missing feature.
+        if let Err(error) = is_program_supported(ProgramType::SchedClassifier) {
+            bail!(
+                "the kernel does not let us load BPF programs ({error}): run as root or with CAP_BPF and CAP_NET_ADMIN"
+            );
+        }
+        let mut bits = 0;
+        if has(ProgramType::SchedClassifier, BpfHelper::BPF_FUNC_ktime_get_coarse_ns) {
+            bits |= flags::COARSE_CLOCK;
+        }
+        if has(ProgramType::CgroupSockAddr, BpfHelper::BPF_FUNC_set_retval) {
+            bits |= flags::SET_RETVAL;
+        }
+        Ok(Self { tcx: SchedClassifier::query_tcx("lo", TcAttachType::Ingress).is_ok(), flags: bits })
+    }
+
+    /// One line for the log.
+    pub fn describe(&self) -> String {
+        let mut lacks = Vec::new();
+        if !self.tcx {
+            lacks.push("no tcx: tc programs are attached by clsact");
+        }
+        if self.flags & flags::COARSE_CLOCK == 0 {
+            lacks.push("no coarse clock: the exact one is used");
+        }
+        if self.flags & flags::SET_RETVAL == 0 {
+            lacks.push(
+                "no bpf_set_retval: a host process's connect to a Service without endpoints fails with EPERM",
+            );
+        }
+        if lacks.is_empty() { "the kernel has everything".into() } else { lacks.join("; ") }
+    }
+}
+
+/// Loads the object with this agent's constants; maps are taken from their pins or made and pinned.
+///
+/// # Errors
+/// If the kernel refuses.
+pub fn load(pins: &Pins, args: &RunArgs, features: Features) -> Result<Ebpf> {
+    if OBJECT.is_empty() {
+        bail!("this binary was built without the kernel programs (LB_EBPF_SKIP): build it again without");
+    }
+    let mut bits = features.flags;
+    if args.socket_lb == SocketLb::All {
+        bits |= flags::SOCKETS_ALL;
+    }
+    if args.log_packets {
+        bits |= flags::LOG;
+    }
+    let seed = hash_seed()?;
+    let (first, last) = (u32::from(args.masquerade_ports.low), u32::from(args.masquerade_ports.high));
+    let cookie = netns_cookie();
+    let mut loader = EbpfLoader::new();
+    loader
+        .override_global("FLAGS", &bits, true)
+        .override_global("HASH_SEED", &seed, true)
+        .override_global("MASQ_FIRST", &first, true)
+        .override_global("MASQ_LAST", &last, true)
+        .override_global("NETNS_COOKIE", &cookie, true);
+    for flows in ["LB_FLOW4", "LB_FLOW6"] {
+        loader.map_max_entries(flows, args.flow_table_max.saturating_mul(ENTRIES_PER_FLOW));
+    }
+    for map in MAPS {
+        loader.map_pin_path(map, pins.map(map));
+    }
+    let mut ebpf = loader.load(OBJECT).context("load the BPF maps and programs")?;
+    for name in ["ingress", "egress"] {
+        let program: &mut SchedClassifier = ebpf
+            .program_mut(name)
+            .with_context(|| format!("the object has no program {name}"))?
+            .try_into()?;
+        program.load().with_context(|| format!("load the tc program {name}"))?;
+    }
+    Ok(ebpf)
+}
+
+/// The same for the life of the node: choices by hash can be made again, by a later agent too.
+fn hash_seed() -> Result<u32> {
+    let boot = std::fs::read_to_string("/proc/sys/kernel/random/boot_id").context("read the boot id")?;
+    // FNV-1a: any mixing will do, but it has to be the same in the next version.
+    Ok(boot.bytes().fold(0x811c_9dc5, |hash, byte| (hash ^ u32::from(byte)).wrapping_mul(0x0100_0193)))
+}
+
+/// The cookie of our network namespace, zero where the kernel cannot tell (before 5.14).
+fn netns_cookie() -> u64 {
+    const SO_NETNS_COOKIE: libc::c_int = 71;
+    let Ok(socket) = std::net::UdpSocket::bind("127.0.0.1:0") else { return 0 };
+    let (mut cookie, mut len) = (0u64, size_of::<u64>() as libc::socklen_t);
+    // SAFETY: the kernel writes at most `len` bytes.
+    let result = unsafe {
+        libc::getsockopt(
+            socket.as_raw_fd(),
+            libc::SOL_SOCKET,
+            SO_NETNS_COOKIE,
+            (&raw mut cookie).cast(),
+            &raw mut len,
+        )
+    };
+    if result == 0 { cookie } else { 0 }
+}

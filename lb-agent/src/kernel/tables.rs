@@ -1,0 +1,128 @@
+//! The pinned maps, typed. The writer and the inspector use the same ones.
+
+use super::pins::Pins;
+use anyhow::{Context as _, Result};
+use aya::Pod;
+use aya::maps::lpm_trie::LpmTrie;
+use aya::maps::{Array, HashMap, Map, MapData, PerCpuArray};
+use lb_common::addr::{Ip4, Ip6, NetPort};
+use lb_common::datapath::Reason;
+use lb_common::maps::{Addr, Device, Flow, FlowKey, Frontend, FrontendKey, ServiceName, Slot, SlotKey};
+use std::net::{IpAddr, SocketAddr};
+
+/// The tables of one family.
+pub struct Family<A: NodeAddr> {
+    /// What the programs remember of flows.
+    pub flows: HashMap<MapData, FlowKey<A>, Flow<A>>,
+    /// Addresses that are served.
+    pub frontends: HashMap<MapData, FrontendKey<A>, Frontend>,
+    /// The backends of each set.
+    pub slots: HashMap<MapData, SlotKey, Slot<A>>,
+    /// Address ranges, bits of [`lb_common::maps::cidr`].
+    pub cidrs: LpmTrie<MapData, A, u32>,
+}
+
+/// All tables.
+pub struct Tables {
+    /// IPv4.
+    pub v4: Family<Ip4>,
+    /// IPv6.
+    pub v6: Family<Ip6>,
+    /// Epochs of UDP backends.
+    pub epochs: Array<MapData, u32>,
+    /// Devices by index.
+    pub devices: HashMap<MapData, u32, Device>,
+    /// Ports not to masquerade to, a bit each.
+    pub ports: Array<MapData, u64>,
+    /// Counters by [`Reason`].
+    pub counters: PerCpuArray<MapData, u64>,
+    /// Names of Service ports by id.
+    pub names: HashMap<MapData, u32, ServiceName>,
+}
+
+impl Tables {
+    /// Opens the pinned maps.
+    ///
+    /// # Errors
+    /// If they are not there (no agent ran yet) or not readable.
+    pub fn open(pins: &Pins) -> Result<Self> {
+        Ok(Self {
+            v4: Family::open(pins, '4')?,
+            v6: Family::open(pins, '6')?,
+            epochs: Array::try_from(Map::Array(open(pins, "LB_EPOCH")?))?,
+            devices: hash(pins, "LB_DEVICE")?,
+            ports: Array::try_from(Map::Array(open(pins, "LB_PORTS")?))?,
+            counters: PerCpuArray::try_from(Map::PerCpuArray(open(pins, "LB_COUNT")?))?,
+            names: hash(pins, "LB_NAME")?,
+        })
+    }
+
+    /// A counter, summed up over all CPUs.
+    ///
+    /// # Errors
+    /// If the map cannot be read.
+    pub fn counter(&self, reason: Reason) -> Result<u64> {
+        let values = self.counters.get(&(reason as u32), 0).context("read the counters")?;
+        Ok(values.iter().sum())
+    }
+}
+
+impl<A: NodeAddr> Family<A> {
+    fn open(pins: &Pins, suffix: char) -> Result<Self> {
+        let name = |table: &str| format!("{table}{suffix}");
+        Ok(Self {
+            flows: hash(pins, &name("LB_FLOW"))?,
+            frontends: hash(pins, &name("LB_FRONT"))?,
+            slots: hash(pins, &name("LB_SLOT"))?,
+            cidrs: LpmTrie::try_from(Map::LpmTrie(open(pins, &name("LB_CIDR"))?))?,
+        })
+    }
+}
+
+fn open(pins: &Pins, name: &str) -> Result<MapData> {
+    let path = pins.map(name);
+    MapData::from_pin(&path).with_context(|| format!("open the pinned map {}", path.display()))
+}
+
+fn hash<K: Pod, V: Pod>(pins: &Pins, name: &str) -> Result<HashMap<MapData, K, V>> {
+    HashMap::try_from(Map::HashMap(open(pins, name)?)).with_context(|| format!("the pinned map {name}"))
+}
+
+/// What user space has to know of a family besides [`Addr`].
+pub trait NodeAddr: Addr + Pod + Into<IpAddr> {
+    /// The address, if it is of this family.
+    fn from_ip(ip: IpAddr) -> Option<Self>;
+    /// This family's tables.
+    fn tables(tables: &mut Tables) -> &mut Family<Self>;
+}
+
+impl NodeAddr for Ip4 {
+    fn from_ip(ip: IpAddr) -> Option<Self> {
+        match ip {
+            IpAddr::V4(ip) => Some(ip.into()),
+            IpAddr::V6(_) => None,
+        }
+    }
+
+    fn tables(tables: &mut Tables) -> &mut Family<Self> {
+        &mut tables.v4
+    }
+}
+
+impl NodeAddr for Ip6 {
+    fn from_ip(ip: IpAddr) -> Option<Self> {
+        match ip {
+            IpAddr::V4(_) => None,
+            IpAddr::V6(ip) => Some(ip.into()),
+        }
+    }
+
+    fn tables(tables: &mut Tables) -> &mut Family<Self> {
+        &mut tables.v6
+    }
+}
+
+/// Address and port as people write them.
+pub fn socket_addr<A: NodeAddr>(addr: A, port: NetPort) -> SocketAddr {
+    SocketAddr::new(addr.into(), port.get())
+}

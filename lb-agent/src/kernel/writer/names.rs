@@ -1,0 +1,86 @@
+//! Ids of Service ports and their names in the map, for tools.
+
+use super::gone;
+use crate::model::ServicePort;
+use anyhow::{Context as _, Result};
+use aya::maps::{HashMap as BpfHashMap, MapData};
+use lb_common::maps::ServiceName;
+use std::collections::HashMap;
+
+#[derive(Debug, Default)]
+pub(super) struct Names {
+    ids: HashMap<ServicePort, u32>,
+    /// By id: the name and how many frontends use it.
+    held: HashMap<u32, (ServicePort, usize)>,
+    last: u32,
+}
+
+type Map = BpfHashMap<MapData, u32, ServiceName>;
+
+impl Names {
+    pub(super) fn adopt(&mut self, map: &Map) -> Result<()> {
+        for entry in map.iter() {
+            let (id, name) = entry.context("read the names")?;
+            let service = read(&name);
+            self.last = self.last.max(id);
+            self.ids.insert(service.clone(), id);
+            self.held.insert(id, (service, 0));
+        }
+        Ok(())
+    }
+
+    /// The id of a Service port, new and written if need be. It stays as long as it is held.
+    pub(super) fn id(&mut self, map: &mut Map, service: &ServicePort) -> Result<u32> {
+        if let Some(id) = self.ids.get(service) {
+            return Ok(*id);
+        }
+        // Zero means no Service.
+        let id = self.last + 1;
+        map.insert(id, write(service), 0).with_context(|| format!("write the name of {service}"))?;
+        self.last = id;
+        self.ids.insert(service.clone(), id);
+        self.held.insert(id, (service.clone(), 0));
+        Ok(id)
+    }
+
+    pub(super) fn hold(&mut self, id: u32) {
+        if let Some((_, count)) = self.held.get_mut(&id) {
+            *count += 1;
+        }
+    }
+
+    pub(super) fn release(&mut self, map: &mut Map, id: u32) -> Result<()> {
+        let Some((_, count)) = self.held.get_mut(&id) else { return Ok(()) };
+        *count = count.saturating_sub(1);
+        if *count == 0
+            && let Some((service, _)) = self.held.remove(&id)
+        {
+            self.ids.remove(&service);
+            gone(map.remove(&id)).with_context(|| format!("delete the name of {service}"))?;
+        }
+        Ok(())
+    }
+}
+
+fn write(service: &ServicePort) -> ServiceName {
+    let field = |s: &str| {
+        let mut bytes = [0u8; 64];
+        let len = s.len().min(bytes.len());
+        bytes[..len].copy_from_slice(&s.as_bytes()[..len]);
+        bytes
+    };
+    ServiceName {
+        namespace: field(&service.namespace),
+        name: field(&service.name),
+        port: field(&service.port),
+    }
+}
+
+/// The Service port that an entry of the names map stands for.
+pub(crate) fn read(name: &ServiceName) -> ServicePort {
+    let field = |bytes: &[u8; 64]| {
+        let len = bytes.iter().position(|b| *b == 0).unwrap_or(bytes.len());
+        String::from_utf8_lossy(&bytes[..len]).into_owned()
+    };
+    ServicePort { namespace: field(&name.namespace), name: field(&name.name), port: field(&name.port) }
+}

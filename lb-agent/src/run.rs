@@ -1,0 +1,152 @@
+//! `lb-agent run`: puts the parts together.
+
+use crate::cli::{RunArgs, SourceArgs};
+use crate::health::{self, Health};
+use crate::kernel::devices::Devices;
+use crate::kernel::pins::Pins;
+use crate::kernel::programs::{self, Features};
+use crate::kernel::sockets;
+use crate::kernel::sweep::Sweeper;
+use crate::kernel::tables::Tables;
+use crate::kernel::writer::MapWriter;
+use crate::metrics::{Kind, Metrics, Sample};
+use crate::source::{self, Event};
+use crate::store::Change;
+use crate::sync;
+use anyhow::{Context as _, Result, anyhow};
+use lb_common::datapath::Reason;
+use std::fs::File;
+use std::sync::Mutex;
+use tokio::signal::unix::{SignalKind, signal};
+use tokio::sync::mpsc;
+use tracing::info;
+
+/// Runs the agent until it is told to stop. What it put into the kernel stays there.
+///
+/// # Errors
+/// If it cannot start, or cannot go on.
+pub async fn run(args: RunArgs) -> Result<()> {
+    let node_name = args.node_name().map_err(|e| anyhow!(e))?;
+    let source = args.source().map_err(|e| anyhow!(e))?;
+    let features = Features::probe()?;
+    let pins = Pins::prepare(&args.bpffs)?;
+    let _only_one = lock(&pins)?;
+    info!("lb-agent {} on node {node_name}: {}", env!("CARGO_PKG_VERSION"), features.describe());
+
+    let mut ebpf = programs::load(&pins, &args, features)?;
+    sockets::attach(&mut ebpf, &pins, &args)?;
+    let writer = MapWriter::new(
+        Tables::open(&pins)?,
+        args.cluster_cidr.0.clone(),
+        args.non_masquerade_cidrs.0.clone(),
+    );
+    let (health, metrics) = (Health::default(), Metrics::default());
+    collect(&metrics, Tables::open(&pins)?);
+    listen(&args, &health, &metrics);
+
+    let (events, receiver) = mpsc::channel(source::QUEUE);
+    let devices = devices(&args, ebpf, pins.clone(), features, events.clone())?;
+    let sweeper = Sweeper::new(Tables::open(&pins)?);
+    let source = start_source(source, node_name, events).await?;
+    let sync = tokio::spawn(sync::run(args.desired(), receiver, writer, health, metrics));
+
+    let (mut terminate, mut interrupt) = (signal(SignalKind::terminate())?, signal(SignalKind::interrupt())?);
+    tokio::select! {
+        result = devices => result.context("the device manager")?.context("the device manager"),
+        result = source => result.context("the source")?.context("the source"),
+        result = sync => result.context("the main loop")?.context("the main loop"),
+        () = sweeper.run() => Ok(()),
+        _ = terminate.recv() => Ok(()),
+        _ = interrupt.recv() => Ok(()),
+    }?;
+    info!("stopping; what is programmed keeps forwarding");
+    Ok(())
+}
+
+/// Two agents must not write the same maps: the second waits for the first to go (a rolling update).
+fn lock(pins: &Pins) -> Result<File> {
+    let dir = File::open(pins.root()).with_context(|| format!("open {}", pins.root().display()))?;
+    if dir.try_lock().is_err() {
+        info!("another agent is in charge of {}: waiting for it to stop", pins.root().display());
+        dir.lock().with_context(|| format!("lock {}", pins.root().display()))?;
+    }
+    Ok(dir)
+}
+
+fn listen(args: &RunArgs, state: &Health, metrics: &Metrics) {
+    if let Some(address) = args.healthz_bind_address.0 {
+        tokio::spawn(health::serve("health checks", address, state.handler()));
+    }
+    if let Some(address) = args.metrics_bind_address.0 {
+        tokio::spawn(health::serve("metrics", address, metrics.handler(state)));
+    }
+}
+
+type Task = tokio::task::JoinHandle<Result<()>>;
+
+fn devices(
+    args: &RunArgs,
+    ebpf: aya::Ebpf,
+    pins: Pins,
+    features: Features,
+    events: source::Sender,
+) -> Result<Task> {
+    let tables = Tables::open(&pins)?;
+    let devices = Devices::new(ebpf, pins, features, args.clone(), tables);
+    let (sender, mut addresses) = mpsc::channel(1);
+    tokio::spawn(async move {
+        while let Some(local) = addresses.recv().await {
+            if events.send(Event::Changes(vec![Change::Addresses(local)])).await.is_err() {
+                return;
+            }
+        }
+    });
+    Ok(tokio::spawn(devices.run(sender)))
+}
+
+async fn start_source(source: SourceArgs, node_name: String, events: source::Sender) -> Result<Task> {
+    use source::kube::{Access, Scope};
+    let (access, master) = match &source {
+        SourceArgs::Manifests(dir) => {
+            let dir = dir.clone();
+            info!("serving the manifests in {}", dir.display());
+            return Ok(tokio::spawn(async move {
+                source::manifests::run(&dir, &node_name, events).await.context("read the manifests")
+            }));
+        }
+        SourceArgs::Kubeconfig(path, master) => (Access::Kubeconfig(path), master.as_deref()),
+        SourceArgs::InCluster(master) => (Access::InCluster, master.as_deref()),
+        SourceArgs::Master(master) => (Access::Anonymous, Some(master.as_str())),
+    };
+    let client = source::kube::client(access, master).await.context("set up access to the API server")?;
+    Ok(tokio::spawn(async move {
+        source::kube::run(client, &node_name, Scope::default(), events).await;
+        Ok(())
+    }))
+}
+
+/// What the programs count.
+fn collect(metrics: &Metrics, tables: Tables) {
+    let tables = Mutex::new(tables);
+    metrics.collect(Box::new(move || {
+        let Ok(tables) = tables.lock() else { return Vec::new() };
+        let (drops, events): (Vec<Reason>, Vec<Reason>) = Reason::ALL.iter().partition(|r| r.is_drop());
+        let samples = |reasons: Vec<Reason>, name: &'static str, help: &'static str, label: &'static str| {
+            reasons
+                .into_iter()
+                .map(|reason| {
+                    let count = tables.counter(reason).unwrap_or(0);
+                    Sample::new(name, help, Kind::Counter, count as f64).with(label, reason.name())
+                })
+                .collect::<Vec<_>>()
+        };
+        let mut all = samples(drops, "lb_drops_total", "Packets dropped or rejected, by reason", "reason");
+        all.extend(samples(
+            events,
+            "lb_events_total",
+            "Things that happened to packets that went on",
+            "event",
+        ));
+        all
+    }));
+}
