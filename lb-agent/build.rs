@@ -1,7 +1,7 @@
 //! Compiles the kernel programs and leaves them where `include_bytes!` finds them.
 
 use anyhow::{Context as _, Result};
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 
 fn main() -> Result<()> {
     println!("cargo:rerun-if-env-changed=LB_EBPF_SKIP");
@@ -12,7 +12,9 @@ fn main() -> Result<()> {
         std::fs::write(out, b"")?;
         return Ok(());
     }
-    let root = Path::new(env!("CARGO_MANIFEST_DIR")).parent().context("the workspace")?;
+    // Not `env!`: a shared target directory may hold a build script that was compiled in another clone.
+    let here = PathBuf::from(std::env::var_os("CARGO_MANIFEST_DIR").context("CARGO_MANIFEST_DIR")?);
+    let root = here.parent().context("the workspace")?;
     for watched in ["lb-ebpf", "lb-common", "Cargo.lock", "Cargo.toml"] {
         println!("cargo:rerun-if-changed={}", root.join(watched).display());
     }

@@ -1,6 +1,6 @@
 //! `lb-agent run`: puts the parts together.
 
-use crate::cli::{RunArgs, SourceArgs};
+use crate::cli::{RunArgs, SocketLb, SourceArgs};
 use crate::health::{self, Health};
 use crate::kernel::devices::Devices;
 use crate::kernel::pins::Pins;
@@ -35,6 +35,9 @@ pub async fn run(args: RunArgs) -> Result<()> {
 
     let mut ebpf = programs::load(&pins, &args, features)?;
     sockets::attach(&mut ebpf, &pins, &args)?;
+    if args.socket_lb == SocketLb::Host && programs::netns_cookie() == 0 {
+        sockets::learn_netns(&mut Tables::open(&pins)?).context("tell the socket hooks the node's namespace")?;
+    }
     let writer = MapWriter::new(
         Tables::open(&pins)?,
         args.cluster_cidr.0.clone(),

@@ -242,6 +242,8 @@ impl Frontend {
     pub const EXTERNAL_DROP: u16 = 2;
     /// Masquerade whoever the client is.
     pub const MASQUERADE_ALWAYS: u16 = 4;
+    /// For the socket hooks alone: a loopback address, which no packet from outside may reach (CVE-2020-8558).
+    pub const SOCKETS_ONLY: u16 = 8;
 }
 
 /// Key of the slot table.

@@ -1,1 +1,274 @@
-//! The logic of the cgroup socket hooks.
+//! The logic of the cgroup socket hooks: a host process that connects to a Service is connected to a backend.
+//!
+//! No packet is rewritten. What the process may ask about its peer (`getpeername`, the source of a datagram) is
+//! translated back from a table of sockets.
+
+use crate::addr::{Ip4, Ip6, NetPort};
+use crate::datapath::Reason;
+use crate::maps::{Addr, Frontend, FrontendKey, Slot, SlotKey, SocketKey, SocketPeer};
+
+/// A socket and the peer address that is being used.
+pub trait Socket<A> {
+    /// The peer.
+    fn peer(&self) -> (A, NetPort);
+    /// Replaces the peer.
+    fn set_peer(&mut self, addr: A, port: NetPort);
+    /// IP protocol.
+    fn protocol(&self) -> u8;
+    /// The kernel's name for the socket.
+    fn cookie(&self) -> u64;
+}
+
+/// The maps and helpers of one family.
+pub trait SocketTables<A: Addr> {
+    /// Looks a frontend up.
+    fn frontend(&self, key: &FrontendKey<A>) -> Option<&Frontend>;
+    /// Looks a slot up.
+    fn slot(&self, key: &SlotKey) -> Option<&Slot<A>>;
+    /// The present epoch of a liveness entry.
+    fn backend_epoch(&self, id: u32) -> u32;
+    /// Looks a socket's peer up.
+    fn socket(&self, key: &SocketKey) -> Option<&SocketPeer>;
+    /// Remembers a socket's peer. Best effort: the table is an LRU one.
+    fn put_socket(&self, key: &SocketKey, peer: &SocketPeer);
+    /// Any number.
+    fn random(&self) -> u32;
+    /// Adds one to a counter.
+    fn count(&self, reason: Reason);
+}
+
+/// What becomes of the system call.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Decision {
+    /// It goes on, to whatever the peer is now.
+    Allow,
+    /// It fails as if the peer had refused.
+    Refuse,
+}
+
+/// An address in the form of the socket table.
+pub trait Mapped: Addr {
+    /// IPv4 as `::ffff:a.b.c.d`.
+    fn mapped(self) -> Ip6;
+    /// The reverse.
+    fn from_mapped(ip: Ip6) -> Option<Self>;
+}
+
+impl Mapped for Ip4 {
+    #[inline(always)]
+    fn mapped(self) -> Ip6 {
+        Ip6::mapped(self)
+    }
+
+    #[inline(always)]
+    fn from_mapped(ip: Ip6) -> Option<Self> {
+        ip.unmapped()
+    }
+}
+
+impl Mapped for Ip6 {
+    #[inline(always)]
+    fn mapped(self) -> Ip6 {
+        self
+    }
+
+    #[inline(always)]
+    fn from_mapped(ip: Ip6) -> Option<Self> {
+        Some(ip)
+    }
+}
+
+/// The table's two directions.
+const TO_VIP: u8 = 0;
+const TO_BACKEND: u8 = 1;
+
+/// `connect`, and `sendto`/`sendmsg` with an address.
+///
+/// The datagrams that one socket sends to one Service go to one backend, as those of one port would through
+/// conntrack, until it is gone.
+#[inline(always)]
+pub fn to_service<A: Mapped, S: Socket<A>, K: SocketTables<A>>(socket: &mut S, kernel: &K, sticky: bool) -> Decision {
+    let (vip, vip_port) = socket.peer();
+    let proto = socket.protocol();
+    let Some(frontend) = kernel.frontend(&FrontendKey::new(vip, vip_port, proto)) else { return Decision::Allow };
+    let cookie = socket.cookie();
+    let there = SocketKey { cookie, addr: vip.mapped(), port: vip_port, proto, direction: TO_BACKEND, pad: 0 };
+    if sticky
+        && let Some(known) = kernel.socket(&there)
+        && (known.backend_id == 0 || kernel.backend_epoch(known.backend_id) == known.backend_epoch)
+        && let Some(addr) = A::from_mapped(known.addr)
+    {
+        socket.set_peer(addr, known.port);
+        return Decision::Allow;
+    }
+    let set = frontend.internal;
+    if set.count == 0 {
+        let drop = frontend.flags & Frontend::INTERNAL_DROP != 0;
+        kernel.count(if drop { Reason::NoLocalEndpoint } else { Reason::NoEndpoint });
+        return Decision::Refuse;
+    }
+    let index = ((kernel.random() as u64 * set.count as u64) >> 32) as u32;
+    let Some(slot) = kernel.slot(&SlotKey { set: set.id, index }) else {
+        kernel.count(Reason::SlotMissing);
+        return Decision::Refuse;
+    };
+    let (addr, port) = (slot.addr, slot.port);
+    let mut peer = SocketPeer {
+        addr: vip.mapped(),
+        port: vip_port,
+        pad: 0,
+        backend_id: slot.backend_id,
+        backend_epoch: slot.backend_epoch,
+        pad2: 0,
+    };
+    let back = SocketKey { cookie, addr: addr.mapped(), port, proto, direction: TO_VIP, pad: 0 };
+    kernel.put_socket(&back, &peer);
+    if sticky {
+        (peer.addr, peer.port) = (addr.mapped(), port);
+        kernel.put_socket(&there, &peer);
+    }
+    socket.set_peer(addr, port);
+    Decision::Allow
+}
+
+/// `getpeername`, and the source of a received datagram: the process sees what it asked for.
+#[inline(always)]
+pub fn from_backend<A: Mapped, S: Socket<A>, K: SocketTables<A>>(socket: &mut S, kernel: &K) {
+    let (addr, port) = socket.peer();
+    let (cookie, proto) = (socket.cookie(), socket.protocol());
+    let key = SocketKey { cookie, addr: addr.mapped(), port, proto, direction: TO_VIP, pad: 0 };
+    if let Some(peer) = kernel.socket(&key)
+        && let Some(vip) = A::from_mapped(peer.addr)
+    {
+        socket.set_peer(vip, peer.port);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::maps::Set;
+    use core::cell::RefCell;
+    use std::collections::HashMap;
+    use std::vec::Vec;
+
+    struct FakeSocket {
+        peer: (Ip4, NetPort),
+        proto: u8,
+    }
+
+    impl Socket<Ip4> for FakeSocket {
+        fn peer(&self) -> (Ip4, NetPort) {
+            self.peer
+        }
+        fn set_peer(&mut self, addr: Ip4, port: NetPort) {
+            self.peer = (addr, port);
+        }
+        fn protocol(&self) -> u8 {
+            self.proto
+        }
+        fn cookie(&self) -> u64 {
+            7
+        }
+    }
+
+    #[derive(Default)]
+    struct Fake {
+        frontends: HashMap<FrontendKey<Ip4>, Frontend>,
+        slots: HashMap<SlotKey, Slot<Ip4>>,
+        epochs: HashMap<u32, u32>,
+        sockets: RefCell<HashMap<SocketKey, &'static SocketPeer>>,
+        counts: RefCell<Vec<Reason>>,
+        random: RefCell<u32>,
+    }
+
+    impl SocketTables<Ip4> for Fake {
+        fn frontend(&self, key: &FrontendKey<Ip4>) -> Option<&Frontend> {
+            self.frontends.get(key)
+        }
+        fn slot(&self, key: &SlotKey) -> Option<&Slot<Ip4>> {
+            self.slots.get(key)
+        }
+        fn backend_epoch(&self, id: u32) -> u32 {
+            self.epochs.get(&id).copied().unwrap_or(0)
+        }
+        fn socket(&self, key: &SocketKey) -> Option<&SocketPeer> {
+            self.sockets.borrow().get(key).copied()
+        }
+        fn put_socket(&self, key: &SocketKey, peer: &SocketPeer) {
+            self.sockets.borrow_mut().insert(*key, Box::leak(Box::new(*peer)));
+        }
+        fn random(&self) -> u32 {
+            let mut state = self.random.borrow_mut();
+            *state = state.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
+            *state
+        }
+        fn count(&self, reason: Reason) {
+            self.counts.borrow_mut().push(reason);
+        }
+    }
+
+    fn ip(text: &str) -> Ip4 {
+        text.parse::<core::net::Ipv4Addr>().unwrap().into()
+    }
+
+    fn service(backends: u32) -> Fake {
+        let mut fake = Fake::default();
+        let set = Set { id: 3, count: backends };
+        for index in 0..backends {
+            let slot = Slot {
+                addr: ip(&std::format!("10.244.1.{}", index + 10)),
+                port: NetPort::new(5353),
+                backend_id: index + 1,
+                ..Slot::default()
+            };
+            fake.slots.insert(SlotKey { set: 3, index }, slot);
+        }
+        let frontend = Frontend { internal: set, ..Frontend::default() };
+        for proto in [6, 17] {
+            fake.frontends.insert(FrontendKey::new(ip("10.96.0.53"), NetPort::new(53), proto), frontend);
+        }
+        fake
+    }
+
+    fn asking(proto: u8) -> FakeSocket {
+        FakeSocket { peer: (ip("10.96.0.53"), NetPort::new(53)), proto }
+    }
+
+    #[test]
+    fn a_connected_socket_is_told_the_address_that_it_asked_for() {
+        let kernel = service(3);
+        let mut socket = asking(6);
+        assert_eq!(to_service(&mut socket, &kernel, false), Decision::Allow);
+        assert_eq!(socket.peer.1, NetPort::new(5353));
+        from_backend(&mut socket, &kernel);
+        assert_eq!(socket.peer, (ip("10.96.0.53"), NetPort::new(53)));
+    }
+
+    #[test]
+    fn datagrams_of_one_socket_stay_with_one_backend_until_it_is_gone() {
+        let mut kernel = service(3);
+        let send = |kernel: &Fake| {
+            let mut socket = asking(17);
+            assert_eq!(to_service(&mut socket, kernel, true), Decision::Allow);
+            socket.peer.0
+        };
+        let first = send(&kernel);
+        assert!((0..50).all(|_| send(&kernel) == first));
+        let (key, slot) = kernel.slots.iter().find(|(_, s)| s.addr == first).map(|(k, s)| (*k, *s)).unwrap();
+        kernel.epochs.insert(slot.backend_id, 1);
+        let other = kernel.slots[&SlotKey { index: (key.index + 1) % 3, ..key }];
+        kernel.slots.insert(key, other);
+        assert_ne!(send(&kernel), first);
+    }
+
+    #[test]
+    fn without_endpoints_it_is_refused_and_other_addresses_are_left_alone() {
+        let kernel = service(0);
+        assert_eq!(to_service(&mut asking(6), &kernel, false), Decision::Refuse);
+        assert_eq!(*kernel.counts.borrow(), [Reason::NoEndpoint]);
+        let mut other = FakeSocket { peer: (ip("192.0.2.1"), NetPort::new(53)), proto: 17 };
+        assert_eq!(to_service(&mut other, &kernel, true), Decision::Allow);
+        assert_eq!(other.peer, (ip("192.0.2.1"), NetPort::new(53)));
+    }
+}

@@ -3,10 +3,10 @@
 use aya_ebpf::Global;
 use aya_ebpf::bindings::BPF_F_NO_PREALLOC;
 use aya_ebpf::macros::map;
-use aya_ebpf::maps::{Array, HashMap, LpmTrie, PerCpuArray};
+use aya_ebpf::maps::{Array, HashMap, LpmTrie, LruHashMap, PerCpuArray};
 use lb_common::addr::{Ip4, Ip6};
 use lb_common::datapath::Reason;
-use lb_common::maps::{Device, Flow, FlowKey, Frontend, FrontendKey, ServiceName, Slot, SlotKey};
+use lb_common::maps::{Device, Flow, FlowKey, Frontend, FrontendKey, ServiceName, Slot, SlotKey, SocketKey, SocketPeer};
 
 // Written by the loader before the programs are verified, constant from then on.
 
@@ -58,3 +58,9 @@ pub static LB_COUNT: PerCpuArray<u64> = PerCpuArray::with_max_entries(Reason::AL
 /// Names of Services, for tools. The programs never look.
 #[map]
 pub static LB_NAME: HashMap<u32, ServiceName> = HashMap::with_max_entries(1 << 17, BPF_F_NO_PREALLOC);
+/// What the socket hooks remember of sockets.
+#[map]
+pub static LB_SOCKET: LruHashMap<SocketKey, SocketPeer> = LruHashMap::with_max_entries(1 << 15, 0);
+/// The node's network namespace cookie, as learned, and the socket to learn it from (kernels before 5.14).
+#[map]
+pub static LB_NETNS: Array<u64> = Array::with_max_entries(2, 0);

@@ -10,5 +10,6 @@ pub mod pins;
 pub mod programs;
 pub mod sockets;
 pub mod sweep;
+pub mod syscall;
 pub mod tables;
 pub mod writer;

@@ -13,7 +13,7 @@ use std::os::fd::AsRawFd as _;
 static OBJECT: &[u8] = aya::include_bytes_aligned!(concat!(env!("OUT_DIR"), "/lb-ebpf.o"));
 
 /// Every map of the object, all pinned.
-const MAPS: [&str; 13] = [
+const MAPS: [&str; 15] = [
     "LB_FLOW4",
     "LB_FLOW6",
     "LB_FRONT4",
@@ -27,6 +27,7 @@ const MAPS: [&str; 13] = [
     "LB_PORTS",
     "LB_COUNT",
     "LB_NAME",
+    "LB_SOCKET", "LB_NETNS",
 ];
 /// Entries of a flow: see `lb_common::maps::Side`.
 const ENTRIES_PER_FLOW: u32 = 4;
@@ -131,7 +132,7 @@ fn hash_seed() -> Result<u32> {
 }
 
 /// The cookie of our network namespace, zero where the kernel cannot tell (before 5.14).
-fn netns_cookie() -> u64 {
+pub fn netns_cookie() -> u64 {
     const SO_NETNS_COOKIE: libc::c_int = 71;
     let Ok(socket) = std::net::UdpSocket::bind("127.0.0.1:0") else { return 0 };
     let (mut cookie, mut len) = (0u64, size_of::<u64>() as libc::socklen_t);

@@ -1,13 +1,89 @@
-//! The cgroup socket hooks.
-use super::pins::Pins;
-use crate::cli::RunArgs;
-use anyhow::Result;
-use aya::Ebpf;
+//! Attaches the cgroup socket hooks, so that they stay there without us, and replaces them atomically.
 
-/// Attaches the socket hooks.
+use super::pins::Pins;
+use super::syscall;
+use super::tables::Tables;
+use crate::cli::{RunArgs, SocketLb};
+use anyhow::{Context as _, Result, anyhow};
+use aya::Ebpf;
+use aya::programs::links::FdLink;
+use aya::programs::{CgroupAttachMode, CgroupSockAddr};
+use std::fs::{self, File};
+use std::net::UdpSocket;
+use std::os::fd::{AsFd as _, AsRawFd as _};
+
+/// The programs, by the names of their hooks.
+const HOOKS: [&str; 8] = [
+    "connect4", "connect6", "sendmsg4", "sendmsg6", "recvmsg4", "recvmsg6", "getpeername4", "getpeername6",
+];
+
+/// Attaches the hooks to the node's cgroup root, or takes them off with `--socket-lb=off`.
 ///
 /// # Errors
-/// If the kernel refuses.
-pub fn attach(_: &mut Ebpf, _: &Pins, _: &RunArgs) -> Result<()> {
+/// If there is no cgroup2 hierarchy, or the kernel refuses.
+pub fn attach(ebpf: &mut Ebpf, pins: &Pins, args: &RunArgs) -> Result<()> {
+    let pin = |hook: &str| pins.link(&format!("cgroup-{hook}"));
+    if args.socket_lb == SocketLb::Off {
+        for hook in HOOKS {
+            match fs::remove_file(pin(hook)) {
+                Err(e) if e.kind() != std::io::ErrorKind::NotFound => {
+                    return Err(e).with_context(|| format!("take off the {hook} hook"));
+                }
+                _ => {}
+            }
+        }
+        return Ok(());
+    }
+    let root = args.cgroup_root().map_err(|e| anyhow!(e))?;
+    let cgroup = File::open(&root).with_context(|| format!("open the cgroup {}", root.display()))?;
+    for hook in HOOKS {
+        let program: &mut CgroupSockAddr =
+            ebpf.program_mut(hook).with_context(|| format!("the object has no program {hook}"))?.try_into()?;
+        program.load().with_context(|| format!("load the socket hook {hook}"))?;
+        let pin = pin(hook);
+        if pin.exists() {
+            let program = program.fd()?;
+            match syscall::obj_get(&pin).and_then(|link| syscall::link_update(link.as_fd(), program)) {
+                Ok(()) => continue,
+                Err(error) => tracing::debug!("{}: {error}; attaching anew", pin.display()),
+            }
+            fs::remove_file(&pin).with_context(|| format!("remove the old pin {}", pin.display()))?;
+        }
+        // No flags: links share a cgroup with others anyway, and the kernel refuses to be told so.
+        let id = program
+            .attach(&cgroup, CgroupAttachMode::Single)
+            .with_context(|| format!("attach {hook} to the cgroup {} (cgroup2 is needed)", root.display()))?;
+        let link: FdLink = program.take_link(id)?.try_into()?;
+        link.pin(&pin).with_context(|| format!("pin the link at {}", pin.display()))?;
+    }
+    Ok(())
+}
+
+/// Tells the hooks which network namespace is the node's where user space cannot ask for its cookie (before 5.14):
+/// names a socket, and connects it.
+///
+/// # Errors
+/// If the maps cannot be written.
+pub fn learn_netns(tables: &mut Tables) -> Result<()> {
+    const SO_COOKIE: libc::c_int = 57;
+    let socket = UdpSocket::bind("127.0.0.1:0").context("open a socket")?;
+    let (mut cookie, mut len) = (0u64, size_of::<u64>() as libc::socklen_t);
+    // SAFETY: the kernel writes at most `len` bytes.
+    let result = unsafe {
+        libc::getsockopt(
+            socket.as_raw_fd(),
+            libc::SOL_SOCKET,
+            SO_COOKIE,
+            (&raw mut cookie).cast(),
+            &raw mut len,
+        )
+    };
+    if result != 0 {
+        return Err(std::io::Error::last_os_error()).context("ask for a socket's cookie");
+    }
+    tables.netns.set(1, cookie, 0).context("name the socket")?;
+    // Discard: nothing is sent by a connect.
+    socket.connect("127.0.0.1:9").context("connect a socket")?;
+    tables.netns.set(1, 0, 0).context("forget the socket")?;
     Ok(())
 }

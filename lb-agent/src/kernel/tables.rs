@@ -38,6 +38,8 @@ pub struct Tables {
     pub counters: PerCpuArray<MapData, u64>,
     /// Names of Service ports by id.
     pub names: HashMap<MapData, u32, ServiceName>,
+    /// See [`super::sockets::learn_netns`].
+    pub netns: Array<MapData, u64>,
 }
 
 impl Tables {
@@ -54,6 +56,7 @@ impl Tables {
             ports: Array::try_from(Map::Array(open(pins, "LB_PORTS")?))?,
             counters: PerCpuArray::try_from(Map::PerCpuArray(open(pins, "LB_COUNT")?))?,
             names: hash(pins, "LB_NAME")?,
+            netns: Array::try_from(Map::Array(open(pins, "LB_NETNS")?))?,
         })
     }
 

@@ -83,6 +83,9 @@ impl MapWriter {
         if wanted.masquerade_always {
             flags |= Frontend::MASQUERADE_ALWAYS;
         }
+        if at.addr.ip().is_loopback() {
+            flags |= Frontend::SOCKETS_ONLY;
+        }
         let value = Frontend {
             internal,
             external,

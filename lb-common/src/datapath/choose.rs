@@ -17,6 +17,9 @@ pub(super) fn choose<A: Wire, P: Packet, K: Tables<A>>(
     headers: &Headers<A>,
     frontend: &Frontend,
 ) -> Outcome {
+    if frontend.flags & Frontend::SOCKETS_ONLY != 0 {
+        return Verdict::Pass.raw();
+    }
     let inside = is_inside(kernel);
     let (set, drop) = if inside {
         (frontend.internal, frontend.flags & Frontend::INTERNAL_DROP != 0)

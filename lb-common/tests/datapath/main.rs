@@ -1,0 +1,13 @@
+//! The data path on the host: whole packets through the hooks of every path, compared with packets that `etherparse`
+//! built. The same logic runs in the kernel; `lb-agent/tests/programs` compares the two.
+
+#[path = "../support/mod.rs"]
+#[expect(dead_code, reason = "the program tests use the rest")]
+mod support;
+
+mod choice;
+mod errors;
+mod hostile;
+mod loss;
+mod paths;
+mod refuse;

@@ -1,0 +1,302 @@
+//! The maps and helpers, in memory.
+
+use super::frame::Frame;
+use lb_common::addr::{Ip4, Ip6, NetPort};
+use lb_common::datapath::{
+    self, FlowRef, Kernel, Put, PutError, Reason, Tables, Verdict, Wire,
+};
+use lb_common::maps::{Addr, Device, Flow, FlowKey, Frontend, FrontendKey, Set, Slot, SlotKey};
+use std::cell::{Cell, RefCell, UnsafeCell};
+use std::collections::{HashMap, HashSet};
+use std::hash::Hash;
+use std::net::{IpAddr, SocketAddr};
+use std::ptr::NonNull;
+
+/// Which program.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Hook {
+    Ingress,
+    Egress,
+}
+
+/// What a program returns.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Action {
+    /// `TC_ACT_UNSPEC`
+    Pass,
+    /// `TC_ACT_SHOT`
+    Drop,
+    /// `TC_ACT_REDIRECT`, back to where it came from.
+    Reply,
+}
+
+/// What generic tests have to know of a family.
+pub trait Fam: Wire + Hash + Into<IpAddr> {
+    fn from_ip(ip: IpAddr) -> Self;
+    fn of(world: &World) -> &Family<Self>;
+    fn of_mut(world: &mut World) -> &mut Family<Self>;
+}
+
+/// One family's tables.
+#[derive(Default)]
+pub struct Family<A> {
+    flows: RefCell<HashMap<FlowKey<A>, Box<UnsafeCell<Flow<A>>>>>,
+    /// Entries that were removed while a program runs: RCU keeps them readable.
+    removed: RefCell<Vec<Box<UnsafeCell<Flow<A>>>>>,
+    pub frontends: HashMap<FrontendKey<A>, Frontend>,
+    pub slots: HashMap<SlotKey, Slot<A>>,
+    pub cidrs: Vec<(A, u8, u32)>,
+    /// Tuples that a socket of the node would take.
+    pub sockets: HashSet<FlowKey<A>>,
+}
+
+impl<A: Fam> Family<A> {
+    /// All flow entries.
+    pub fn flows(&self) -> HashMap<FlowKey<A>, Flow<A>> {
+        // SAFETY: one thread, and no program runs.
+        self.flows.borrow().iter().map(|(key, flow)| (*key, unsafe { *flow.get() })).collect()
+    }
+
+    /// Takes one flow entry away.
+    pub fn lose(&self, key: &FlowKey<A>) {
+        let entry = self.flows.borrow_mut().remove(key);
+        self.removed.borrow_mut().extend(entry);
+    }
+}
+
+/// Everything around a packet.
+pub struct World {
+    pub v4: Family<Ip4>,
+    pub v6: Family<Ip6>,
+    pub devices: HashMap<u32, Device>,
+    pub epochs: HashMap<u32, u32>,
+    pub reserved: HashSet<u16>,
+    pub ports: (u16, u16),
+    pub seed: u32,
+    pub now: Cell<u32>,
+    pub capacity: usize,
+    ifindex: Cell<u32>,
+    counts: RefCell<[u64; Reason::ALL.len()]>,
+    sets: u32,
+}
+
+impl World {
+    pub fn empty() -> Self {
+        Self {
+            v4: Family::default(),
+            v6: Family::default(),
+            devices: HashMap::new(),
+            epochs: HashMap::new(),
+            reserved: HashSet::new(),
+            ports: (10_000, 29_999),
+            seed: 0x5eed,
+            now: Cell::new(100),
+            capacity: usize::MAX,
+            ifindex: Cell::new(0),
+            counts: RefCell::default(),
+            sets: 0,
+        }
+    }
+
+    pub fn counter(&self, reason: Reason) -> u64 {
+        self.counts.borrow()[reason as usize]
+    }
+
+    /// A set of slots; a backend's number is its UDP liveness entry, zero for none.
+    pub fn set(&mut self, backends: &[(SocketAddr, bool, u32)]) -> Set {
+        self.sets += 1;
+        let set = Set { id: self.sets, count: backends.len() as u32 };
+        for (index, (addr, local, backend_id)) in (0..).zip(backends) {
+            let epoch = self.epochs.get(backend_id).copied().unwrap_or(0);
+            match addr.ip() {
+                IpAddr::V4(_) => self.slot::<Ip4>(set.id, index, *addr, *local, *backend_id, epoch),
+                IpAddr::V6(_) => self.slot::<Ip6>(set.id, index, *addr, *local, *backend_id, epoch),
+            }
+        }
+        set
+    }
+
+    fn slot<A: Fam>(&mut self, set: u32, index: u32, addr: SocketAddr, local: bool, backend_id: u32, epoch: u32) {
+        let slot = Slot {
+            addr: A::from_ip(addr.ip()),
+            port: NetPort::new(addr.port()),
+            flags: if local { Slot::<A>::LOCAL } else { 0 },
+            backend_id,
+            backend_epoch: epoch,
+            pad: 0,
+        };
+        A::of_mut(self).slots.insert(SlotKey { set, index }, slot);
+    }
+
+    pub fn frontend(&mut self, proto: u8, at: SocketAddr, value: Frontend) {
+        match at.ip() {
+            IpAddr::V4(_) => {
+                self.v4.frontends.insert(front_key(proto, at), value);
+            }
+            IpAddr::V6(_) => {
+                self.v6.frontends.insert(front_key(proto, at), value);
+            }
+        }
+    }
+
+    /// Runs a program on a packet, as lb-ebpf's glue does.
+    pub fn run(&self, device: u32, hook: Hook, frame: &mut Frame) -> Action {
+        self.ifindex.set(device);
+        let Some(ethertype) = frame.bytes.get(12..14).map(|b| u16::from_ne_bytes([b[0], b[1]])) else {
+            return Action::Pass;
+        };
+        let action = if ethertype == Ip4::ETHERTYPE {
+            self.family::<Ip4>(hook, frame)
+        } else if ethertype == Ip6::ETHERTYPE {
+            self.family::<Ip6>(hook, frame)
+        } else {
+            Action::Pass
+        };
+        self.v4.removed.borrow_mut().clear();
+        self.v6.removed.borrow_mut().clear();
+        action
+    }
+
+    fn family<A: Fam>(&self, hook: Hook, frame: &mut Frame) -> Action
+    where
+        Self: Tables<A>,
+    {
+        let verdict = match hook {
+            Hook::Ingress => datapath::ingress::<A, _, _>(frame, self),
+            Hook::Egress => datapath::egress::<A, _, _>(frame, self),
+        };
+        match verdict {
+            Verdict::Pass => Action::Pass,
+            Verdict::Drop(reason) => {
+                self.count(reason);
+                Action::Drop
+            }
+            Verdict::Reject(reason) => {
+                self.count(reason);
+                match datapath::reject::<A, _>(frame) {
+                    Ok(()) => Action::Reply,
+                    Err(reason) => {
+                        self.count(reason);
+                        Action::Drop
+                    }
+                }
+            }
+        }
+    }
+}
+
+pub fn front_key<A: Fam>(proto: u8, at: SocketAddr) -> FrontendKey<A> {
+    FrontendKey::new(A::from_ip(at.ip()), NetPort::new(at.port()), proto)
+}
+
+impl Kernel for World {
+    fn hash_seed(&self) -> u32 {
+        self.seed
+    }
+
+    fn masquerade_ports(&self) -> (u16, u16) {
+        self.ports
+    }
+
+    fn now(&self) -> u32 {
+        self.now.get()
+    }
+
+    fn device(&self) -> Option<&Device> {
+        self.devices.get(&self.ifindex.get())
+    }
+
+    fn count(&self, reason: Reason) {
+        self.counts.borrow_mut()[reason as usize] += 1;
+    }
+
+    fn backend_epoch(&self, id: u32) -> u32 {
+        self.epochs.get(&id).copied().unwrap_or(0)
+    }
+
+    fn port_reserved(&self, port: u16) -> bool {
+        self.reserved.contains(&port)
+    }
+}
+
+impl<A: Fam> Tables<A> for World {
+    fn flow(&self, key: &FlowKey<A>) -> Option<FlowRef<'_, A>> {
+        let flows = A::of(self).flows.borrow();
+        let at = NonNull::new(flows.get(key)?.get())?;
+        // SAFETY: entries are boxed, and those removed or replaced are kept until the program has ended.
+        Some(unsafe { FlowRef::new(at) })
+    }
+
+    fn put_flow(&self, key: &FlowKey<A>, flow: &Flow<A>, how: Put) -> Result<(), PutError> {
+        let family = A::of(self);
+        let mut flows = family.flows.borrow_mut();
+        match (flows.contains_key(key), how) {
+            (true, Put::New) => return Err(PutError::Taken),
+            (false, _) if flows.len() >= self.capacity => return Err(PutError::Full),
+            _ => {}
+        }
+        let old = flows.insert(*key, Box::new(UnsafeCell::new(*flow)));
+        family.removed.borrow_mut().extend(old);
+        Ok(())
+    }
+
+    fn remove_flow(&self, key: &FlowKey<A>) {
+        A::of(self).lose(key);
+    }
+
+    fn frontend(&self, key: &FrontendKey<A>) -> Option<&Frontend> {
+        A::of(self).frontends.get(key)
+    }
+
+    fn slot(&self, key: &SlotKey) -> Option<&Slot<A>> {
+        A::of(self).slots.get(key)
+    }
+
+    fn cidr(&self, addr: A) -> u32 {
+        let matches = A::of(self).cidrs.iter().filter(|(net, len, _)| bits(*net, *len) == bits(addr, *len));
+        matches.max_by_key(|(_, len, _)| *len).map_or(0, |(_, _, bits)| *bits)
+    }
+
+    fn socket_wants(&self, key: &FlowKey<A>) -> bool {
+        A::of(self).sockets.contains(key)
+    }
+}
+
+/// The first `len` bits.
+fn bits<A: Fam>(addr: A, len: u8) -> u128 {
+    let (value, width) = match addr.into() {
+        IpAddr::V4(ip) => (u128::from(ip.to_bits()), 32),
+        IpAddr::V6(ip) => (ip.to_bits(), 128),
+    };
+    if len == 0 { 0 } else { value >> (width - u32::from(len)) }
+}
+
+impl Fam for Ip4 {
+    fn from_ip(ip: IpAddr) -> Self {
+        let IpAddr::V4(ip) = ip else { panic!("{ip} is not IPv4") };
+        ip.into()
+    }
+
+    fn of(world: &World) -> &Family<Self> {
+        &world.v4
+    }
+
+    fn of_mut(world: &mut World) -> &mut Family<Self> {
+        &mut world.v4
+    }
+}
+
+impl Fam for Ip6 {
+    fn from_ip(ip: IpAddr) -> Self {
+        let IpAddr::V6(ip) = ip else { panic!("{ip} is not IPv6") };
+        ip.into()
+    }
+
+    fn of(world: &World) -> &Family<Self> {
+        &world.v6
+    }
+
+    fn of_mut(world: &mut World) -> &mut Family<Self> {
+        &mut world.v6
+    }
+}
