@@ -1,10 +1,113 @@
 //! Builds the kernel programs and the agent.
 
+use crate::system::{cargo, workspace};
+use anyhow::{Context as _, Result, ensure};
+use lb_toolchain::Toolchain;
+use serde_json::Value;
+use std::path::{Path, PathBuf};
+use std::process::Stdio;
+
 /// Options of this subcommand.
 #[derive(Debug, clap::Args)]
-pub struct Args {}
+pub struct Args {
+    /// What to ship: optimised, without debug information
+    #[arg(long)]
+    release: bool,
+}
 
 /// Runs the subcommand.
-pub fn run(_args: Args) -> anyhow::Result<()> {
-    anyhow::bail!("not built yet")
+///
+/// # Errors
+/// If the eBPF toolchain can neither be found nor installed, or cargo fails.
+pub fn run(args: Args) -> Result<()> {
+    let toolchain = Toolchain::find_or_install(&workspace().join("target/tools"))?;
+    println!("eBPF toolchain: {toolchain}");
+    let built = if args.release { release()? } else { workspace_bins()? };
+    for name in ["lb-agent", "lb-cni", "lbctl"] {
+        let path = built.binary(name)?;
+        let size = path.metadata().with_context(|| path.display().to_string())?.len();
+        println!("{} ({:.1} MB)", path.display(), size as f64 / 1e6);
+    }
+    Ok(())
+}
+
+/// What a build has left.
+#[derive(Debug)]
+pub struct Built {
+    binaries: Vec<PathBuf>,
+    /// The kernel programs' object file, which is also inside `lb-agent`.
+    pub programs: PathBuf,
+}
+
+impl Built {
+    /// Where a program is.
+    ///
+    /// # Errors
+    /// If it was not built.
+    pub fn binary(&self, name: &str) -> Result<&Path> {
+        let found = self.binaries.iter().find(|path| path.file_name().is_some_and(|file| file == name));
+        found.map(PathBuf::as_path).with_context(|| format!("cargo did not say that it built {name}"))
+    }
+}
+
+/// Builds every program of the workspace for development. Always all of them: cargo chooses the dependencies' features
+/// for the packages that it builds together, so any other choice would be a second build of half of them.
+///
+/// # Errors
+/// If cargo fails; what it said has been shown.
+pub fn workspace_bins() -> Result<Built> {
+    build(&["--workspace", "--bins"])
+}
+
+fn release() -> Result<Built> {
+    // Alone: what the builder's tool wants of a dependency does not belong into what is shipped.
+    build(&["--release", "--package", "lb-agent", "--bins"])
+}
+
+fn build(args: &[&str]) -> Result<Built> {
+    let out = cargo()
+        .args(["build", "--message-format", "json-render-diagnostics"])
+        .args(args)
+        .stderr(Stdio::inherit())
+        .output()
+        .context("start cargo")?;
+    ensure!(out.status.success(), "cargo build {} failed", args.join(" "));
+    parse(&String::from_utf8_lossy(&out.stdout))
+}
+
+/// Reads cargo's messages.
+fn parse(messages: &str) -> Result<Built> {
+    let messages = messages.lines().filter_map(|line| serde_json::from_str::<Value>(line).ok());
+    let (mut binaries, mut programs) = (Vec::new(), None);
+    for message in messages {
+        if let Some(path) = message["executable"].as_str() {
+            binaries.push(path.into());
+        }
+        let of_agent = message["package_id"].as_str().is_some_and(|id| id.contains("/lb-agent#"));
+        if of_agent && let Some(dir) = message["out_dir"].as_str() {
+            programs = Some(Path::new(dir).join("lb-ebpf.o"));
+        }
+    }
+    let programs =
+        programs.context("cargo did not say where lb-agent's build script left the kernel programs")?;
+    Ok(Built { binaries, programs })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn files_are_where_cargo_says() {
+        let messages = r#"{"reason":"build-script-executed","package_id":"registry+x#libc@0.2","out_dir":"/t/libc/out"}
+{"reason":"build-script-executed","package_id":"path+file:///w/lb-agent#0.1.0","out_dir":"/t/lb-agent-1/out"}
+{"reason":"compiler-artifact","package_id":"path+file:///w/lb-agent#0.1.0","executable":null}
+{"reason":"compiler-artifact","package_id":"path+file:///w/lb-agent#0.1.0","executable":"/t/debug/lbctl"}
+{"reason":"build-finished","success":true}"#;
+        let built = parse(messages).unwrap();
+        assert_eq!(built.programs, Path::new("/t/lb-agent-1/out/lb-ebpf.o"));
+        assert_eq!(built.binary("lbctl").unwrap(), Path::new("/t/debug/lbctl"));
+        assert!(built.binary("lb-cni").unwrap_err().to_string().contains("lb-cni"));
+        assert!(parse(r#"{"reason":"build-finished","success":true}"#).is_err());
+    }
 }

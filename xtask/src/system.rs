@@ -74,6 +74,13 @@ pub fn output(command: &mut Command) -> Result<String> {
     Ok(stdout)
 }
 
+/// The cargo that runs this tool, in the workspace's root.
+pub fn cargo() -> Command {
+    let mut cargo = Command::new(std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into()));
+    cargo.current_dir(workspace());
+    cargo
+}
+
 /// The workspace's root, where this tool was built.
 pub fn workspace() -> &'static Path {
     Path::new(concat!(env!("CARGO_MANIFEST_DIR"), "/.."))

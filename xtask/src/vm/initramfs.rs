@@ -1,26 +1,28 @@
-//! The guest's whole file system: our own static binaries, the kernel's modules, and nothing else.
+//! The guest's whole file system: our own programs, the libraries that they need, the kernel's modules.
 
+use super::MODULE_DIR;
 use super::kernel::Kernel;
-use super::{MODULE_DIR, PAYLOAD_DIR};
+use super::payload;
 use anyhow::{Context as _, Result};
 use cpio::newc::{Builder, ModeFileType, trailer};
+use std::collections::BTreeSet;
 use std::fs::{self, File};
 use std::io::{BufWriter, Write};
 use std::path::{Path, PathBuf};
 
-/// Writes the initramfs that boots `kernel` with the payload's `binaries`.
-pub(super) fn write(file: &Path, kernel: &Kernel, binaries: &[PathBuf]) -> Result<()> {
+/// Writes the initramfs that boots `kernel` with the payload's files.
+pub(super) fn write(file: &Path, kernel: &Kernel, payload: &[payload::File]) -> Result<()> {
     let out = File::create(file).with_context(|| format!("create {}", file.display()))?;
-    let mut archive = Archive { out: BufWriter::new(out), inode: 0 };
-    for dir in ["bin", "dev", "modules", "proc", "run", "sys", "tmp"] {
-        archive.add(dir, ModeFileType::Directory, 0o755, &[])?;
+    let mut archive = Archive::new(BufWriter::new(out));
+    for dir in ["dev", "modules", "proc", "run", "sys", "tmp"] {
+        archive.directory(Path::new(dir))?;
     }
     // Without it the kernel starts init with no standard output.
     archive.console()?;
-    for binary in binaries {
-        let name = binary.file_name().context("a binary has a name")?.to_string_lossy();
-        let contents = fs::read(binary).with_context(|| format!("read {}", binary.display()))?;
-        archive.add(&format!("{PAYLOAD_DIR}/{name}"), ModeFileType::Regular, 0o755, &contents)?;
+    for file in payload {
+        let contents = fs::read(&file.here).with_context(|| format!("read {}", file.here.display()))?;
+        archive.directory(file.there.parent().context("a file's path has a directory")?)?;
+        archive.add(&file.there.to_string_lossy(), ModeFileType::Regular, 0o755, &contents)?;
     }
     for (i, (name, contents)) in kernel.modules()?.iter().enumerate() {
         // Numbered: init loads them in this order.
@@ -32,9 +34,26 @@ pub(super) fn write(file: &Path, kernel: &Kernel, binaries: &[PathBuf]) -> Resul
 struct Archive<W: Write> {
     out: W,
     inode: u32,
+    directories: BTreeSet<PathBuf>,
 }
 
 impl<W: Write> Archive<W> {
+    fn new(out: W) -> Self {
+        Self { out, inode: 0, directories: BTreeSet::new() }
+    }
+
+    /// Adds a directory and those above it, each once.
+    fn directory(&mut self, path: &Path) -> Result<()> {
+        let path = path.strip_prefix("/").unwrap_or(path);
+        let above: Vec<&Path> = path.ancestors().filter(|p| !p.as_os_str().is_empty()).collect();
+        for dir in above.into_iter().rev() {
+            if self.directories.insert(dir.to_owned()) {
+                self.add(&dir.to_string_lossy(), ModeFileType::Directory, 0o755, &[])?;
+            }
+        }
+        Ok(())
+    }
+
     fn entry(&mut self, path: &str, kind: ModeFileType, mode: u32) -> Builder {
         self.inode += 1;
         Builder::new(path.trim_start_matches('/')).ino(self.inode).mode(mode).set_mode_file_type(kind)
@@ -60,15 +79,19 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_console_is_a_device_and_files_keep_their_contents() {
-        let mut archive = Archive { out: Vec::new(), inode: 0 };
+    fn the_console_is_a_device_directories_come_once_and_files_keep_their_contents() {
+        let mut archive = Archive::new(Vec::new());
         archive.console().unwrap();
+        archive.directory(Path::new("/bin")).unwrap();
+        archive.directory(Path::new("bin")).unwrap();
         archive.add("/bin/x", ModeFileType::Regular, 0o755, b"contents").unwrap();
         let bytes = trailer(archive.out).unwrap();
         let first = cpio::NewcReader::new(bytes.as_slice()).unwrap();
         assert_eq!((first.entry().name(), first.entry().mode()), ("dev/console", 0o020600));
         assert_eq!((first.entry().rdev_major(), first.entry().rdev_minor()), (5, 1));
-        let mut second = cpio::NewcReader::new(first.finish().unwrap()).unwrap();
+        let dir = cpio::NewcReader::new(first.finish().unwrap()).unwrap();
+        assert_eq!((dir.entry().name(), dir.entry().mode()), ("bin", 0o040755));
+        let mut second = cpio::NewcReader::new(dir.finish().unwrap()).unwrap();
         assert_eq!((second.entry().name(), second.entry().mode()), ("bin/x", 0o100755));
         let mut contents = String::new();
         std::io::Read::read_to_string(&mut second, &mut contents).unwrap();

@@ -7,6 +7,7 @@ mod initramfs;
 mod kernel;
 mod loaded;
 mod paths;
+mod payload;
 mod qemu;
 mod report;
 mod services;
@@ -16,11 +17,11 @@ use crate::system::{ensure_debian_packages, workspace};
 use anyhow::{Context as _, Result, ensure};
 use apt::Apt;
 use kernel::Kernel;
+use payload::File;
 use qemu::{Boot, Outcome};
 use report::Row;
-use std::fs::{self, File};
+use std::fs;
 use std::path::{Path, PathBuf};
-use std::process::{Command, Stdio};
 use std::sync::Mutex;
 use std::time::{Duration, Instant};
 
@@ -35,8 +36,6 @@ const REPORT_FILE: &str = "/run/report.json";
 /// What follows `--` are init's arguments.
 const COMMAND_LINE: &str =
     "console=ttyS0 quiet panic=-1 mitigations=off rdinit=/bin/xtask -- vm-guest --init";
-
-const TARGET: &str = "x86_64-unknown-linux-gnu";
 
 /// Options of this subcommand.
 #[derive(Debug, clap::Args)]
@@ -70,14 +69,18 @@ pub struct Args {
 /// If the payload cannot be built, or any kernel fails or cannot be had.
 pub fn run(args: Args) -> Result<()> {
     ensure!(cfg!(target_arch = "x86_64"), "the kernel matrix is of x86_64 kernels: this machine is another");
-    ensure_debian_packages(&[("qemu-system-x86", "qemu-system-x86_64"), ("xz-utils", "xz")])?;
+    ensure_debian_packages(&[
+        ("qemu-system-x86", "qemu-system-x86_64"),
+        ("xz-utils", "xz"),
+        ("binutils", "strip"),
+    ])?;
     let dir = workspace().join("target/vm");
-    for sub in ["kernels", "initramfs", "log"] {
+    for sub in ["kernels", "payload", "initramfs", "log"] {
         fs::create_dir_all(dir.join(sub)).with_context(|| format!("create {}/{sub}", dir.display()))?;
     }
     let dir = dir.canonicalize()?;
     // Two runs at once would write each other's files.
-    let lock = File::create(dir.join(".lock")).context("create the lock file of target/vm")?;
+    let lock = fs::File::create(dir.join(".lock")).context("create the lock file of target/vm")?;
     if lock.try_lock().is_err() {
         eprintln!("waiting for another vm-test to end");
         lock.lock().context("lock target/vm")?;
@@ -89,7 +92,7 @@ pub fn run(args: Args) -> Result<()> {
         _ => obtain(&args, &dir),
     };
     let started = Instant::now();
-    let binaries = build(&dir)?;
+    let payload = payload::prepare(&dir.join("payload"))?;
     eprintln!("payload built in {:.1} s", started.elapsed().as_secs_f64());
 
     let queue = Mutex::new(kernels.into_iter().enumerate().collect::<Vec<_>>().into_iter());
@@ -100,7 +103,7 @@ pub fn run(args: Args) -> Result<()> {
                 loop {
                     let next = queue.lock().expect("no holder panics").next();
                     let Some((i, (name, kernel))) = next else { break };
-                    let row = row(name, kernel, &dir, &binaries, Duration::from_secs(args.timeout));
+                    let row = row(name, kernel, &dir, &payload, Duration::from_secs(args.timeout));
                     rows.lock().expect("no holder panics").push((i, row));
                 }
             });
@@ -141,49 +144,9 @@ fn obtain(args: &Args, dir: &Path) -> Vec<(String, Result<Kernel>)> {
     args.kernel.iter().map(|series| (series.clone(), get(series))).collect()
 }
 
-/// Builds what runs in the guest, which has no libc: static, and in a target directory of its own, because other flags
-/// would make cargo rebuild everything each time.
-fn build(dir: &Path) -> Result<Vec<PathBuf>> {
-    let target_dir = dir.join("build");
-    let flags = format!("target.{TARGET}.rustflags=['-Ctarget-feature=+crt-static']");
-    let cargo = std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into());
-    let built = Command::new(cargo)
-        .current_dir(workspace())
-        .args([
-            "build",
-            "--quiet",
-            "--release",
-            "--target",
-            TARGET,
-            "--package",
-            "xtask",
-            "--package",
-            "lb-agent",
-        ])
-        .args(["--message-format", "json-render-diagnostics", "--config", &flags, "--target-dir"])
-        .arg(&target_dir)
-        .stderr(Stdio::inherit())
-        .output()
-        .context("start cargo")?;
-    ensure!(built.status.success(), "cargo could not build the guest's binaries");
-    let out = target_dir.join(TARGET).join("release");
-    let object = object_file(&String::from_utf8_lossy(&built.stdout))
-        .context("cargo did not say where lb-agent's build script left the kernel programs")?;
-    Ok([out.join("xtask"), out.join("lb-agent"), out.join("lbctl"), object].into())
-}
-
-/// Finds the kernel programs in cargo's messages: lb-agent's build script compiles them.
-fn object_file(messages: &str) -> Option<PathBuf> {
-    messages.lines().filter(|line| line.contains("build-script-executed")).find_map(|line| {
-        let message: serde_json::Value = serde_json::from_str(line).ok()?;
-        message["package_id"].as_str().filter(|id| id.contains("/lb-agent#"))?;
-        Some(Path::new(message["out_dir"].as_str()?).join("lb-ebpf.o"))
-    })
-}
-
-fn row(name: String, kernel: Result<Kernel>, dir: &Path, binaries: &[PathBuf], timeout: Duration) -> Row {
+fn row(name: String, kernel: Result<Kernel>, dir: &Path, payload: &[File], timeout: Duration) -> Row {
     let started = Instant::now();
-    let result = kernel.and_then(|kernel| test(&kernel, dir, binaries, timeout));
+    let result = kernel.and_then(|kernel| test(&kernel, dir, payload, timeout));
     let (report, failure) = match result {
         Ok((0, report @ Some(_))) => (report, None),
         Ok((status, report)) => {
@@ -198,12 +161,12 @@ fn row(name: String, kernel: Result<Kernel>, dir: &Path, binaries: &[PathBuf], t
 fn test(
     kernel: &Kernel,
     dir: &Path,
-    binaries: &[PathBuf],
+    payload: &[File],
     timeout: Duration,
 ) -> Result<(i32, Option<report::Report>)> {
     let name = &kernel.name;
     let initramfs = dir.join("initramfs").join(format!("{name}.cpio"));
-    initramfs::write(&initramfs, kernel, binaries)?;
+    initramfs::write(&initramfs, kernel, payload)?;
     let log = dir.join("log").join(format!("{name}.log"));
     let boot = Boot { image: &kernel.image, initramfs: &initramfs, log: &log, timeout };
     let describe = |outcome: &Outcome| match outcome {
@@ -218,19 +181,5 @@ fn test(
     match boot.run()? {
         Outcome::Exited(status, report) => Ok((status, report)),
         outcome => anyhow::bail!("{}, twice; its console: {}", describe(&outcome), log.display()),
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn the_programs_are_where_cargo_says() {
-        let messages = r#"{"reason":"build-script-executed","package_id":"registry+x#libc@0.2","out_dir":"/t/libc/out"}
-{"reason":"build-script-executed","package_id":"path+file:///w/lb-agent#0.1.0","out_dir":"/t/lb-agent-1/out"}
-{"reason":"build-finished","success":true}"#;
-        assert_eq!(object_file(messages).as_deref(), Some(Path::new("/t/lb-agent-1/out/lb-ebpf.o")));
-        assert_eq!(object_file(r#"{"reason":"build-finished","success":true}"#), None);
     }
 }

@@ -15,6 +15,8 @@ pub(super) fn load_all(report: &mut Report, object: &Path) -> Result<()> {
     let mut none = true;
     for (name, program) in ebpf.programs_mut() {
         none = false;
+        // An old kernel may need minutes to say no.
+        println!("loading {name}");
         let (summary, result) = load(program).map_or_else(|e| (None, Err(e)), |s| (Some(s), Ok(())));
         report.check(format!("verifier: {name}"), result);
         summary.iter().for_each(|summary| println!("      {summary}"));
