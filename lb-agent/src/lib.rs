@@ -2,6 +2,7 @@
 pub mod cli;
 pub mod desired;
 pub mod health;
+pub mod inspect;
 pub mod kernel;
 pub mod metrics;
 pub mod model;

@@ -36,7 +36,8 @@ pub async fn run(args: RunArgs) -> Result<()> {
     let mut ebpf = programs::load(&pins, &args, features)?;
     sockets::attach(&mut ebpf, &pins, &args)?;
     if args.socket_lb == SocketLb::Host && programs::netns_cookie() == 0 {
-        sockets::learn_netns(&mut Tables::open(&pins)?).context("tell the socket hooks the node's namespace")?;
+        sockets::learn_netns(&mut Tables::open(&pins)?)
+            .context("tell the socket hooks the node's namespace")?;
     }
     let writer = MapWriter::new(
         Tables::open(&pins)?,

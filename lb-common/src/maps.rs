@@ -133,7 +133,7 @@ pub struct Flow<A> {
     pub side: u8,
     /// `DNAT` and the `MASQ_*` bits.
     pub flags: u8,
-    /// [`Flow::FIN`] and [`Flow::RST`] seen, per entry.
+    /// [`Flow::FIN`], [`Flow::RST`] and [`Flow::SEEN`], per entry.
     pub state: u8,
     /// Always zero.
     pub pad: u32,
@@ -153,6 +153,10 @@ impl<A: Addr> Flow<A> {
     pub const FIN: u8 = 1;
     /// A TCP RST went by in this entry's direction.
     pub const RST: u8 = 2;
+    /// A packet found this entry after the one that made it.
+    pub const SEEN: u8 = 4;
+    /// Either end is closing: the port may be used again.
+    pub const CLOSING: u8 = Self::FIN | Self::RST;
 
     /// The key under which the entry of that side is found.
     #[inline(always)]

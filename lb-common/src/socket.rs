@@ -87,12 +87,19 @@ const TO_BACKEND: u8 = 1;
 /// The datagrams that one socket sends to one Service go to one backend, as those of one port would through
 /// conntrack, until it is gone.
 #[inline(always)]
-pub fn to_service<A: Mapped, S: Socket<A>, K: SocketTables<A>>(socket: &mut S, kernel: &K, sticky: bool) -> Decision {
+pub fn to_service<A: Mapped, S: Socket<A>, K: SocketTables<A>>(
+    socket: &mut S,
+    kernel: &K,
+    sticky: bool,
+) -> Decision {
     let (vip, vip_port) = socket.peer();
     let proto = socket.protocol();
-    let Some(frontend) = kernel.frontend(&FrontendKey::new(vip, vip_port, proto)) else { return Decision::Allow };
+    let Some(frontend) = kernel.frontend(&FrontendKey::new(vip, vip_port, proto)) else {
+        return Decision::Allow;
+    };
     let cookie = socket.cookie();
-    let there = SocketKey { cookie, addr: vip.mapped(), port: vip_port, proto, direction: TO_BACKEND, pad: 0 };
+    let there =
+        SocketKey { cookie, addr: vip.mapped(), port: vip_port, proto, direction: TO_BACKEND, pad: 0 };
     if sticky
         && let Some(known) = kernel.socket(&there)
         && (known.backend_id == 0 || kernel.backend_epoch(known.backend_id) == known.backend_epoch)

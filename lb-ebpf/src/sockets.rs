@@ -106,7 +106,11 @@ where
 
 #[inline(always)]
 fn back6(ctx: &SockAddrContext) -> i32 {
-    if On::<Six>::new(ctx).peer6().unmapped().is_some() { back::<Six, Ip4>(ctx) } else { back::<Six, Ip6>(ctx) }
+    if On::<Six>::new(ctx).peer6().unmapped().is_some() {
+        back::<Six, Ip4>(ctx)
+    } else {
+        back::<Six, Ip6>(ctx)
+    }
 }
 
 /// Which address field of the context a hook may touch: the verifier holds each to its own.

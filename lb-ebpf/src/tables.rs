@@ -6,7 +6,9 @@ use aya_ebpf::macros::map;
 use aya_ebpf::maps::{Array, HashMap, LpmTrie, LruHashMap, PerCpuArray};
 use lb_common::addr::{Ip4, Ip6};
 use lb_common::datapath::Reason;
-use lb_common::maps::{Device, Flow, FlowKey, Frontend, FrontendKey, ServiceName, Slot, SlotKey, SocketKey, SocketPeer};
+use lb_common::maps::{
+    Device, Flow, FlowKey, Frontend, FrontendKey, ServiceName, Slot, SlotKey, SocketKey, SocketPeer,
+};
 
 // Written by the loader before the programs are verified, constant from then on.
 

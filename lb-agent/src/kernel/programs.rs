@@ -27,7 +27,8 @@ const MAPS: [&str; 15] = [
     "LB_PORTS",
     "LB_COUNT",
     "LB_NAME",
-    "LB_SOCKET", "LB_NETNS",
+    "LB_SOCKET",
+    "LB_NETNS",
 ];
 /// Entries of a flow: see `lb_common::maps::Side`.
 const ENTRIES_PER_FLOW: u32 = 4;

@@ -13,9 +13,8 @@ use std::net::UdpSocket;
 use std::os::fd::{AsFd as _, AsRawFd as _};
 
 /// The programs, by the names of their hooks.
-const HOOKS: [&str; 8] = [
-    "connect4", "connect6", "sendmsg4", "sendmsg6", "recvmsg4", "recvmsg6", "getpeername4", "getpeername6",
-];
+const HOOKS: [&str; 8] =
+    ["connect4", "connect6", "sendmsg4", "sendmsg6", "recvmsg4", "recvmsg6", "getpeername4", "getpeername6"];
 
 /// Attaches the hooks to the node's cgroup root, or takes them off with `--socket-lb=off`.
 ///
@@ -37,8 +36,10 @@ pub fn attach(ebpf: &mut Ebpf, pins: &Pins, args: &RunArgs) -> Result<()> {
     let root = args.cgroup_root().map_err(|e| anyhow!(e))?;
     let cgroup = File::open(&root).with_context(|| format!("open the cgroup {}", root.display()))?;
     for hook in HOOKS {
-        let program: &mut CgroupSockAddr =
-            ebpf.program_mut(hook).with_context(|| format!("the object has no program {hook}"))?.try_into()?;
+        let program: &mut CgroupSockAddr = ebpf
+            .program_mut(hook)
+            .with_context(|| format!("the object has no program {hook}"))?
+            .try_into()?;
         program.load().with_context(|| format!("load the socket hook {hook}"))?;
         let pin = pin(hook);
         if pin.exists() {

@@ -1,6 +1,7 @@
 //! The pinned maps, typed. The writer and the inspector use the same ones.
 
 use super::pins::Pins;
+use super::syscall;
 use anyhow::{Context as _, Result};
 use aya::Pod;
 use aya::maps::lpm_trie::LpmTrie;
@@ -8,12 +9,16 @@ use aya::maps::{Array, HashMap, Map, MapData, PerCpuArray};
 use lb_common::addr::{Ip4, Ip6, NetPort};
 use lb_common::datapath::Reason;
 use lb_common::maps::{Addr, Device, Flow, FlowKey, Frontend, FrontendKey, ServiceName, Slot, SlotKey};
+use std::io;
 use std::net::{IpAddr, SocketAddr};
+use std::os::fd::AsFd as _;
 
 /// The tables of one family.
 pub struct Family<A: NodeAddr> {
     /// What the programs remember of flows.
     pub flows: HashMap<MapData, FlowKey<A>, Flow<A>>,
+    /// The same map again: aya's typed maps do not show theirs.
+    flow_map: MapData,
     /// Addresses that are served.
     pub frontends: HashMap<MapData, FrontendKey<A>, Frontend>,
     /// The backends of each set.
@@ -75,10 +80,21 @@ impl<A: NodeAddr> Family<A> {
         let name = |table: &str| format!("{table}{suffix}");
         Ok(Self {
             flows: hash(pins, &name("LB_FLOW"))?,
+            flow_map: open(pins, &name("LB_FLOW"))?,
             frontends: hash(pins, &name("LB_FRONT"))?,
             slots: hash(pins, &name("LB_SLOT"))?,
             cidrs: LpmTrie::try_from(Map::LpmTrie(open(pins, &name("LB_CIDR"))?))?,
         })
+    }
+}
+
+impl<A: NodeAddr> Family<A> {
+    /// Calls `each` with every flow entry.
+    ///
+    /// # Errors
+    /// If the map cannot be read, or `each` fails.
+    pub fn for_each_flow(&self, each: impl FnMut(&FlowKey<A>, &Flow<A>) -> io::Result<()>) -> Result<()> {
+        syscall::for_each(self.flow_map.fd().as_fd(), each).context("read the flow table")
     }
 }
 

@@ -4,7 +4,7 @@
 //! under an id that was never used, then the frontend is flipped to it, then the old set's slots are deleted. A
 //! program that read the frontend just before reads it once more when it misses the slot.
 
-mod names;
+pub(crate) mod names;
 mod sets;
 #[cfg(test)]
 mod tests;

@@ -109,12 +109,16 @@ fn new_flow<A: Addr, K: Tables<A>>(
     }
 }
 
-/// Enters the three entries of a translated flow; the fourth comes when a port is taken for it.
+/// Enters the three entries of a translated flow; the fourth comes when a port is taken for it. All or none: half of
+/// a flow that was refused would translate the replies of the one that it collided with.
 #[inline(always)]
 fn enter<A: Addr, K: Tables<A>>(kernel: &K, flow: &mut Flow<A>) -> Result<(), Reason> {
     put(kernel, flow, Side::Reply)?;
-    put(kernel, flow, Side::Forward)?;
-    put(kernel, flow, Side::Front)
+    let result = put(kernel, flow, Side::Forward).and_then(|()| put(kernel, flow, Side::Front));
+    if result.is_err() {
+        forget(kernel, flow);
+    }
+    result
 }
 
 #[inline(always)]
@@ -128,7 +132,7 @@ fn put<A: Addr, K: Tables<A>>(kernel: &K, flow: &mut Flow<A>, side: Side) -> Res
             let Some(other) = kernel.flow(&key) else { return Err(Reason::Collision) };
             let other = other.get();
             // Our own from before (a half that outlived its other half), or a closed one's.
-            if other.same_origin(flow) || other.state != 0 || stale(kernel, other) {
+            if other.same_origin(flow) || other.state & Flow::<A>::CLOSING != 0 || stale(kernel, other) {
                 kernel.put_flow(&key, flow, Put::Any).map_err(|_| Reason::FlowTableFull)
             } else {
                 Err(Reason::Collision)
@@ -142,20 +146,25 @@ fn stale<A: Addr, K: Tables<A>>(kernel: &K, flow: &Flow<A>) -> bool {
     flow.backend_id != 0 && kernel.backend_epoch(flow.backend_id) != flow.backend_epoch
 }
 
-/// Removes all entries of a flow.
+/// Removes all entries of a flow. What another flow has taken over stays.
 #[inline(never)]
 pub(super) fn forget<A: Addr, K: Tables<A>>(kernel: &K, flow: &Flow<A>) {
     // Its memory stays as it is until the program ends (RCU), though its own entry is among those that go.
     let forward = flow.key(Side::Forward);
     if let Some(entry) = kernel.flow(&forward) {
         let entry = entry.get();
-        if entry.flags & Flow::<A>::MASQ_DONE != 0 {
-            let back = entry.key(Side::Back);
-            kernel.remove_flow(&back);
+        if entry.same_origin(flow) {
+            if entry.flags & Flow::<A>::MASQ_DONE != 0 {
+                let back = entry.key(Side::Back);
+                kernel.remove_flow(&back);
+            }
+            kernel.remove_flow(&forward);
         }
     }
-    kernel.remove_flow(&forward);
-    kernel.remove_flow(&flow.key(Side::Reply));
+    let reply = flow.key(Side::Reply);
+    if kernel.flow(&reply).is_some_and(|entry| entry.get().same_origin(flow)) {
+        kernel.remove_flow(&reply);
+    }
     kernel.remove_flow(&flow.key(Side::Front));
 }
 

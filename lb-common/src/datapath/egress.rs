@@ -58,18 +58,24 @@ fn known<A: Wire, P: Packet, K: Tables<A>>(
     let flow = entry.get();
     let (addr, port) = match Side::from_raw(flow.side) {
         Some(Side::Reply) => (flow.vip, flow.vip_port),
-        Some(Side::Forward) if flow.flags & Flow::<A>::MASQ_DONE != 0 => (flow.masq, flow.masq_port),
+        Some(Side::Forward) if flow.flags & Flow::<A>::MASQ_DONE != 0 => {
+            if entry.seen(kernel.now(), headers.state()) {
+                masquerade::renew(kernel, flow);
+            }
+            return done(rewrite(packet, headers, End::Source, flow.masq, flow.masq_port));
+        }
         Some(Side::Forward) => {
-            entry.seen(kernel.now(), headers.state());
             if flow.flags & (Flow::<A>::MASQ_NEEDED | Flow::<A>::MASQ_UNDECIDED) == 0 {
+                entry.seen(kernel.now(), headers.state() | Flow::<A>::SEEN);
                 return Verdict::Pass;
             }
+            entry.seen(kernel.now(), headers.state());
             return Verdict::from_raw(masquerade::decide(packet, kernel, headers, entry));
         }
         // Entries of the ingress hook: a packet that has not been through it.
         Some(Side::Front | Side::Back) | None => return Verdict::Pass,
     };
-    entry.seen(kernel.now(), headers.state());
+    entry.seen(kernel.now(), headers.state() | Flow::<A>::SEEN);
     done(rewrite(packet, headers, End::Source, addr, port))
 }
 

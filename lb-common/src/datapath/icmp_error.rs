@@ -15,6 +15,8 @@ use crate::maps::{Flow, Side};
 
 /// Length of the ICMP header in front of the quoted packet.
 const ICMP_HEADER: usize = 8;
+/// What an ICMP error has to quote of the transport header.
+const QUOTED_TRANSPORT: usize = 8;
 
 /// See [`translate`].
 #[inline(never)]
@@ -46,6 +48,10 @@ fn translate<A: Wire, P: Packet, K: Tables<A>>(
 ) -> Verdict {
     let at = outer.l4 + ICMP_HEADER;
     let Ok(quoted) = parse_quoted::<A, P>(packet, at) else { return Verdict::Pass };
+    let Some(until) = A::end(packet) else { return Verdict::Pass };
+    if quoted.l4 + QUOTED_TRANSPORT > until {
+        return Verdict::Pass;
+    }
     let Some(entry) = kernel.flow(&quoted.key.reversed()) else { return Verdict::Pass };
     let flow = entry.get();
     let new = match (end, Side::from_raw(flow.side)) {
@@ -57,7 +63,7 @@ fn translate<A: Wire, P: Packet, K: Tables<A>>(
         }
         _ => return Verdict::Pass,
     };
-    done(apply(packet, outer, &quoted, at, end, new))
+    done(apply(packet, outer, &quoted, at, until, end, new))
 }
 
 #[inline(always)]
@@ -66,6 +72,7 @@ fn apply<A: Wire, P: Packet>(
     outer: &Headers<A>,
     quoted: &Headers<A>,
     at: usize,
+    until: usize,
     end: End,
     (addr, port): (A, NetPort),
 ) -> Result<(), Reason> {
@@ -87,9 +94,12 @@ fn apply<A: Wire, P: Packet>(
         Kind::EchoRequest | Kind::EchoReply if A::IS_V4 => port_change,
         _ => addr_change.plus(port_change),
     };
-    // Only the first eight bytes are sure to be quoted; TCP's checksum lies behind them.
+    // Only the first eight bytes are sure to be quoted; TCP's checksum lies behind them. What lies behind the packet's
+    // end is padding, which the outer checksum does not cover.
     let checksum = quoted.l4 + checksum_offset(quoted.kind);
-    if packet.load::<u16>(checksum).is_some_and(|c| c != 0 || quoted.kind != Kind::Udp) {
+    if checksum + 2 <= until
+        && packet.load::<u16>(checksum).is_some_and(|c| c != 0 || quoted.kind != Kind::Udp)
+    {
         total = total.plus(patch(packet, checksum, covered)?);
     }
     packet.l4_checksum(

@@ -5,7 +5,7 @@ use super::parse::{Headers, Kind, NotOurs, Wire, parse};
 use super::rewrite::{End, rewrite};
 use super::{FlowRef, Packet, Reason, Tables, Verdict, icmp_error};
 use crate::addr::NetPort;
-use crate::maps::{Addr, FrontendKey, Side};
+use crate::maps::{Addr, Flow, FrontendKey, Side};
 
 /// A packet comes in on a device.
 #[inline(always)]
@@ -60,16 +60,16 @@ fn known<A: Addr, K: Tables<A>>(
                 forget(kernel, flow);
                 return None;
             }
-            if flow.state != 0 && headers.starts_flow() {
+            if flow.state & Flow::<A>::CLOSING != 0 && headers.starts_flow() {
                 // The connection was closed and its port is used again.
                 forget(kernel, flow);
                 return None;
             }
-            entry.seen(kernel.now(), headers.state());
+            entry.seen(kernel.now(), headers.state() | Flow::<A>::SEEN);
             Some((flow.backend, flow.backend_port))
         }
         Some(Side::Back) => {
-            entry.seen(kernel.now(), headers.state());
+            entry.seen(kernel.now(), headers.state() | Flow::<A>::SEEN);
             // An echo's identifier is the source port of the request and the destination port of the reply.
             Some((flow.client, flow.client_port))
         }
@@ -79,8 +79,8 @@ fn known<A: Addr, K: Tables<A>>(
 }
 
 /// Nothing that we serve. One thing must not reach the node's own stack: a reply to a masquerade port whose entry
-/// was lost, which the node would reset. Dropped, it is sent again and finds the entry that the sweeper or the
-/// next packet the other way has made anew.
+/// was lost, which the node would reset. Dropped, it is sent again and finds the entry that the next packet the
+/// other way has made anew.
 #[inline(always)]
 fn not_a_service<A: Addr, K: Tables<A>>(kernel: &K, headers: &Headers<A>) -> Verdict {
     let (first, last) = kernel.masquerade_ports();

@@ -74,6 +74,16 @@ pub(super) fn decide<A: Wire, P: Packet, K: Tables<A>>(
     done(rewrite(packet, headers, End::Source, flow.masq, flow.masq_port)).raw()
 }
 
+/// Makes [`Side::Back`] again if it was lost: a reply that does not find it cannot tell whose it is. Once a second, not
+/// for every packet.
+#[inline(never)]
+pub(super) fn renew<A: Addr, K: Tables<A>>(kernel: &K, flow: &Flow<A>) {
+    let back = flow.as_side(Side::Back);
+    if kernel.put_flow(&back.key(Side::Back), &back, Put::New).is_ok() {
+        kernel.count(Reason::Repaired);
+    }
+}
+
 /// A reset or an echo reply of an unknown flow is an end, not a beginning. Other mid-flow TCP is picked up, as
 /// nf_conntrack does: it cannot leave with a pod's address anyway.
 #[inline(always)]

@@ -274,18 +274,20 @@ impl<'a, A: Addr> FlowRef<'a, A> {
     }
 
     /// Notes that a packet went by. Writes once a second and on a change, so that an established flow's cache line
-    /// stays shared.
+    /// stays shared; returns whether it was the first of this second.
     #[inline(always)]
-    pub fn seen(&self, now: u32, state: u8) {
+    pub fn seen(&self, now: u32, state: u8) -> bool {
         let flow = self.at.as_ptr();
         // SAFETY: see `new`; a lost race between two packets of one flow costs at most a second of its lifetime.
         unsafe {
-            if (*flow).last_seen != now {
+            let first = (*flow).last_seen != now;
+            if first {
                 (*flow).last_seen = now;
             }
             if state != 0 && (*flow).state & state != state {
                 (*flow).state |= state;
             }
+            first
         }
     }
 

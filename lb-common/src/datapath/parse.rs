@@ -122,6 +122,8 @@ pub trait Wire: Addr {
     type Header: Pod;
     /// A plain header with its checksum, if it has one.
     fn header(src: Self, dst: Self, proto: u8, payload: u16, ttl: u8) -> Self::Header;
+    /// Where a packet ends, by the length in its header: padding may follow.
+    fn end<P: Packet>(packet: &P) -> Option<usize>;
     /// The sum over the plain header of a packet.
     fn sum_header<P: Packet>(packet: &P) -> Option<Sum>;
     #[doc(hidden)]
@@ -171,6 +173,11 @@ impl Wire for Ip4 {
     }
 
     #[inline(always)]
+    fn end<P: Packet>(packet: &P) -> Option<usize> {
+        packet.load::<u16>(ETH + 2).map(|len| ETH + u16::from_be(len) as usize)
+    }
+
+    #[inline(always)]
     fn sum_header<P: Packet>(_: &P) -> Option<Sum> {
         // A header with a valid checksum sums up to zero.
         Some(Sum(0))
@@ -187,6 +194,9 @@ impl Wire for Ip4 {
             return Err(NotOurs::Fragment);
         }
         let len = (ip.version_ihl & 0xf) as usize * 4;
+        if too_short(ip.total_len, len) {
+            return Err(NotOurs::Other);
+        }
         Ok(IpHeader { src: ip.src, dst: ip.dst, proto: ip.proto, len, plain: len == Self::HEADER })
     }
 }
@@ -211,6 +221,11 @@ impl Wire for Ip6 {
     }
 
     #[inline(always)]
+    fn end<P: Packet>(packet: &P) -> Option<usize> {
+        packet.load::<u16>(ETH + 4).map(|len| ETH + Self::HEADER + u16::from_be(len) as usize)
+    }
+
+    #[inline(always)]
     fn sum_header<P: Packet>(packet: &P) -> Option<Sum> {
         packet.load::<[u32; 10]>(ETH).map(|w| sum_words(&w))
     }
@@ -225,7 +240,7 @@ impl Wire for Ip6 {
         let mut header =
             IpHeader { src: ip.src, dst: ip.dst, proto: ip.next, len: Self::HEADER, plain: true };
         if !is_extension(ip.next) {
-            return Ok(header);
+            return if too_short(ip.payload_len, 0) { Err(NotOurs::Other) } else { Ok(header) };
         }
         header.plain = false;
         let base = match at {
@@ -234,24 +249,42 @@ impl Wire for Ip6 {
         };
         // More than six extension headers are nobody's traffic.
         for _ in 0..6 {
+            if header.len > MAX_HEADER {
+                break;
+            }
             if !is_extension(header.proto) {
+                if too_short(ip.payload_len, header.len - Self::HEADER) {
+                    break;
+                }
                 return Ok(header);
             }
-            let ext: [u8; 4] = packet.load(base + (header.len & 0x7ff)).ok_or(NotOurs::Other)?;
+            let ext: [u8; 4] = packet.load(base + (header.len & MAX_HEADER)).ok_or(NotOurs::Other)?;
             if header.proto == 44 {
                 if u16::from_be_bytes([ext[2], ext[3]]) & 0xfff8 != 0 {
                     return Err(NotOurs::Fragment);
                 }
                 header.len += 8;
-            } else if header.proto == 51 {
-                header.len += (ext[1] as usize + 2) * 4;
             } else {
                 header.len += (ext[1] as usize + 1) * 8;
             }
             header.proto = ext[0];
+            // Hop-by-hop options come first or not at all.
+            if header.proto == 0 {
+                break;
+            }
         }
         Err(NotOurs::Other)
     }
+}
+
+/// The longest IP header with all that belongs to it: what `& MAX_HEADER` leaves as it is.
+const MAX_HEADER: usize = 0x7ff;
+
+/// Whether a packet ends, by the length in its header, before the first eight bytes of what the header carries: the
+/// ports would be from the padding. Zero stands for more than 64 KiB in segments (BIG TCP).
+#[inline(always)]
+fn too_short(length: u16, header: usize) -> bool {
+    length != 0 && (u16::from_be(length) as usize) < header + 8
 }
 
 #[inline(always)]
@@ -263,10 +296,11 @@ fn sum_words<const N: usize>(words: &[u32; N]) -> Sum {
     Sum(total as u32).plus(Sum((total >> 32) as u32))
 }
 
-/// Hop-by-hop, routing, fragment, authentication, destination options (RFC 8200).
+/// Hop-by-hop, routing, fragment, destination options (RFC 8200). Not authentication: it covers the addresses, so
+/// there is nothing to translate behind it.
 #[inline(always)]
 fn is_extension(next: u8) -> bool {
-    matches!(next, 0 | 43 | 44 | 51 | 60)
+    matches!(next, 0 | 43 | 44 | 60)
 }
 
 /// The start of any transport header, as words: ports, sequence number, and TCP's flags.
@@ -292,7 +326,7 @@ struct First8 {
 #[inline(always)]
 pub(super) fn parse<A: Wire, P: Packet>(packet: &P) -> Result<Headers<A>, NotOurs> {
     let ip = A::ip_header(packet, At::Outer)?;
-    let l4 = ETH + (ip.len & 0x7ff);
+    let l4 = ETH + (ip.len & MAX_HEADER);
     if ip.proto == TCP {
         let tcp: Tcp = transport::<A, P, _>(packet, &ip, l4)?;
         let key = key(&ip, tcp.ports[0], tcp.ports[1]);
@@ -307,7 +341,7 @@ pub(super) fn parse<A: Wire, P: Packet>(packet: &P) -> Result<Headers<A>, NotOur
 #[inline(always)]
 pub(super) fn parse_quoted<A: Wire, P: Packet>(packet: &P, offset: usize) -> Result<Headers<A>, NotOurs> {
     let ip = A::ip_header(packet, At::Quoted(offset))?;
-    let l4 = offset + (ip.len & 0x7ff);
+    let l4 = offset + (ip.len & MAX_HEADER);
     let first: First8 = packet.load(l4).ok_or(NotOurs::Other)?;
     let (kind, sport, dport) = match ip.proto {
         TCP => (Kind::Tcp(0), first.words[0], first.words[1]),

@@ -67,8 +67,10 @@ fn unreachable<A: Wire, P: Reshape>(packet: &mut P, headers: &Headers<A>) -> Res
     let l4 = ETH + A::HEADER;
     let key = &headers.key;
     let quoted_len = A::HEADER + 8;
-    let partial = packet.checksum_is_partial(l4 + 6);
     let udp: [u16; 4] = packet.load(l4).ok_or(Reason::RejectFailed)?;
+    let partial = packet.checksum_is_partial(l4 + 6);
+    // It is quoted as it came.
+    packet.store(l4 + 6, &udp[3])?;
     let mut quoted_udp = words(&udp);
     if partial {
         // The device will still complete the quoted checksum, over what is left of the packet: count what it will

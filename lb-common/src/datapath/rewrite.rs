@@ -53,7 +53,8 @@ pub(super) fn rewrite<A: Wire, P: Packet>(
 ) -> Result<(), Reason> {
     let (old_addr, old_port) = end.of(headers);
     let checksum = headers.l4 + checksum_offset(headers.kind);
-    let zero_is_none = A::IS_V4 && headers.kind == Kind::Udp;
+    // In IPv6 too: none is allowed to tunnels (RFC 6935), and one that computes to zero must not look like none.
+    let zero_is_none = headers.kind == Kind::Udp;
     if addr != old_addr {
         let change = A::diff(old_addr, addr);
         if let Some(offset) = A::CHECKSUM {

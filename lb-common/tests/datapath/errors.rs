@@ -51,8 +51,7 @@ fn an_error_that_quotes_less_than_the_ports_is_left_alone() {
         let quoted = build::packet(dst, src, l4, b"");
         let header = if src.is_ipv4() { 20 } else { 40 };
         for quote in 0..header + 8 {
-            let bytes =
-                build::error(src.ip(), dst.ip(), TOO_BIG, &quoted[build::ETH..build::ETH + quote]);
+            let bytes = build::error(src.ip(), dst.ip(), TOO_BIG, &quoted[build::ETH..build::ETH + quote]);
             let mut frame = Frame::new(bytes.clone());
             for &(device, hook, _) in hops {
                 assert_eq!(world.run(device, hook, &mut frame), Action::Pass);

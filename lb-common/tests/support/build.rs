@@ -3,17 +3,17 @@
 use etherparse::{IpNumber, NetSlice, PacketBuilder, PacketBuilderStep, SlicedPacket, TcpHeader};
 use std::net::{IpAddr, SocketAddr};
 
-pub const ETH: usize = 14;
-pub const SYN: u8 = 2;
-pub const FIN: u8 = 1;
-pub const RST: u8 = 4;
-pub const ACK: u8 = 16;
+pub(crate) const ETH: usize = 14;
+pub(crate) const SYN: u8 = 2;
+pub(crate) const FIN: u8 = 1;
+pub(crate) const RST: u8 = 4;
+pub(crate) const ACK: u8 = 16;
 const MAC_A: [u8; 6] = [2, 0, 0, 0, 0, 1];
 const MAC_B: [u8; 6] = [2, 0, 0, 0, 0, 2];
 
 /// What is in the IP packet. An echo's identifier is the source port of a request, the destination port of a reply.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum L4 {
+pub(crate) enum L4 {
     Tcp(u8),
     Udp,
     EchoRequest,
@@ -22,16 +22,22 @@ pub enum L4 {
 
 impl L4 {
     /// IP protocol number, of the family for echoes.
-    pub fn proto(self, v6: bool) -> u8 {
+    pub(crate) fn proto(self, v6: bool) -> u8 {
         match self {
             Self::Tcp(_) => 6,
             Self::Udp => 17,
-            Self::EchoRequest | Self::EchoReply => if v6 { 58 } else { 1 },
+            Self::EchoRequest | Self::EchoReply => {
+                if v6 {
+                    58
+                } else {
+                    1
+                }
+            }
         }
     }
 
     /// Of the packets the other way.
-    pub fn answer(self) -> Self {
+    pub(crate) fn answer(self) -> Self {
         match self {
             Self::Tcp(SYN) => Self::Tcp(SYN | ACK),
             Self::EchoRequest => Self::EchoReply,
@@ -41,7 +47,8 @@ impl L4 {
 }
 
 fn ip(src: IpAddr, dst: IpAddr, swapped: bool, ttl: u8) -> PacketBuilderStep<etherparse::IpHeaders> {
-    let eth = if swapped { PacketBuilder::ethernet2(MAC_B, MAC_A) } else { PacketBuilder::ethernet2(MAC_A, MAC_B) };
+    let eth =
+        if swapped { PacketBuilder::ethernet2(MAC_B, MAC_A) } else { PacketBuilder::ethernet2(MAC_A, MAC_B) };
     eth.ip(match (src, dst) {
         (IpAddr::V4(src), IpAddr::V4(dst)) => {
             let header = etherparse::Ipv4Header::new(0, ttl, IpNumber(0), src.octets(), dst.octets());
@@ -61,7 +68,7 @@ fn ip(src: IpAddr, dst: IpAddr, swapped: bool, ttl: u8) -> PacketBuilderStep<eth
 }
 
 /// A whole frame.
-pub fn packet(src: SocketAddr, dst: SocketAddr, l4: L4, payload: &[u8]) -> Vec<u8> {
+pub(crate) fn packet(src: SocketAddr, dst: SocketAddr, l4: L4, payload: &[u8]) -> Vec<u8> {
     let step = ip(src.ip(), dst.ip(), false, 64);
     let mut bytes = Vec::new();
     match l4 {
@@ -74,7 +81,9 @@ pub fn packet(src: SocketAddr, dst: SocketAddr, l4: L4, payload: &[u8]) -> Vec<u
             step.tcp_header(header).write(&mut bytes, payload)
         }
         L4::Udp => step.udp(src.port(), dst.port()).write(&mut bytes, payload),
-        L4::EchoRequest if src.is_ipv4() => step.icmpv4_echo_request(src.port(), 7).write(&mut bytes, payload),
+        L4::EchoRequest if src.is_ipv4() => {
+            step.icmpv4_echo_request(src.port(), 7).write(&mut bytes, payload)
+        }
         L4::EchoReply if src.is_ipv4() => step.icmpv4_echo_reply(dst.port(), 7).write(&mut bytes, payload),
         L4::EchoRequest => step.icmpv6_echo_request(src.port(), 7).write(&mut bytes, payload),
         L4::EchoReply => step.icmpv6_echo_reply(dst.port(), 7).write(&mut bytes, payload),
@@ -85,19 +94,19 @@ pub fn packet(src: SocketAddr, dst: SocketAddr, l4: L4, payload: &[u8]) -> Vec<u
 
 /// An ICMP error's type and code by family, and the rest of its header.
 #[derive(Clone, Copy, Debug)]
-pub struct Error {
-    pub v4: (u8, u8),
-    pub v6: (u8, u8),
-    pub rest: [u8; 4],
+pub(crate) struct Error {
+    pub(crate) v4: (u8, u8),
+    pub(crate) v6: (u8, u8),
+    pub(crate) rest: [u8; 4],
 }
 
 /// "Fragmentation needed" / "packet too big" with an MTU of 1280.
-pub const TOO_BIG: Error = Error { v4: (3, 4), v6: (2, 0), rest: [0, 0, 5, 0] };
-pub const PORT_UNREACHABLE: Error = Error { v4: (3, 3), v6: (1, 4), rest: [0; 4] };
-pub const TIME_EXCEEDED: Error = Error { v4: (11, 0), v6: (3, 0), rest: [0; 4] };
+pub(crate) const TOO_BIG: Error = Error { v4: (3, 4), v6: (2, 0), rest: [0, 0, 5, 0] };
+pub(crate) const PORT_UNREACHABLE: Error = Error { v4: (3, 3), v6: (1, 4), rest: [0; 4] };
+pub(crate) const TIME_EXCEEDED: Error = Error { v4: (11, 0), v6: (3, 0), rest: [0; 4] };
 
 /// A frame with an ICMP error that quotes `quoted`, which starts at its IP header.
-pub fn error(src: IpAddr, dst: IpAddr, error: Error, quoted: &[u8]) -> Vec<u8> {
+pub(crate) fn error(src: IpAddr, dst: IpAddr, error: Error, quoted: &[u8]) -> Vec<u8> {
     let step = ip(src, dst, false, 64);
     let mut bytes = Vec::new();
     if src.is_ipv4() {
@@ -110,7 +119,7 @@ pub fn error(src: IpAddr, dst: IpAddr, error: Error, quoted: &[u8]) -> Vec<u8> {
 }
 
 /// What answers `of`, which came from `client`: Ethernet addresses are swapped.
-pub fn reset(vip: SocketAddr, client: SocketAddr, ack: u32) -> Vec<u8> {
+pub(crate) fn reset(vip: SocketAddr, client: SocketAddr, ack: u32) -> Vec<u8> {
     let mut header = TcpHeader::new(vip.port(), client.port(), 0, 0);
     (header.rst, header.ack, header.acknowledgment_number) = (true, true, ack);
     let mut bytes = Vec::new();
@@ -119,7 +128,7 @@ pub fn reset(vip: SocketAddr, client: SocketAddr, ack: u32) -> Vec<u8> {
 }
 
 /// As [`error`], the other way.
-pub fn refusal(vip: IpAddr, client: IpAddr, quoted: &[u8]) -> Vec<u8> {
+pub(crate) fn refusal(vip: IpAddr, client: IpAddr, quoted: &[u8]) -> Vec<u8> {
     let mut bytes = error(vip, client, PORT_UNREACHABLE, quoted);
     bytes[..6].copy_from_slice(&MAC_A);
     bytes[6..12].copy_from_slice(&MAC_B);
@@ -127,7 +136,7 @@ pub fn refusal(vip: IpAddr, client: IpAddr, quoted: &[u8]) -> Vec<u8> {
 }
 
 /// The offset of the transport checksum in a frame without options.
-pub fn checksum_at(frame: &[u8]) -> usize {
+pub(crate) fn checksum_at(frame: &[u8]) -> usize {
     let (l4, proto) = if frame[12] == 8 { (ETH + 20, frame[ETH + 9]) } else { (ETH + 40, frame[ETH + 6]) };
     l4 + match proto {
         6 => 16,
@@ -137,7 +146,7 @@ pub fn checksum_at(frame: &[u8]) -> usize {
 }
 
 /// As a sender with checksum offload leaves it.
-pub fn to_partial(mut frame: Vec<u8>) -> Vec<u8> {
+pub(crate) fn to_partial(mut frame: Vec<u8>) -> Vec<u8> {
     let at = checksum_at(&frame);
     let (pseudo, _) = pseudo_and_payload(&frame).expect("a good packet");
     frame[at..at + 2].copy_from_slice(&fold(pseudo).to_be_bytes());
@@ -145,7 +154,7 @@ pub fn to_partial(mut frame: Vec<u8>) -> Vec<u8> {
 }
 
 /// What the device makes of it.
-pub fn complete(mut frame: Vec<u8>) -> Vec<u8> {
+pub(crate) fn complete(mut frame: Vec<u8>) -> Vec<u8> {
     let at = checksum_at(&frame);
     let l4 = if frame[12] == 8 { ETH + 20 } else { ETH + 40 };
     let sum = !fold(sum(&frame[l4..]));
@@ -193,7 +202,7 @@ fn pseudo_and_payload(frame: &[u8]) -> Option<(u64, Vec<u8>)> {
 }
 
 /// Whether all checksums of a frame hold, by etherparse's reading; `None` where it finds no whole packet.
-pub fn valid(frame: &[u8]) -> Option<bool> {
+pub(crate) fn valid(frame: &[u8]) -> Option<bool> {
     let packet = SlicedPacket::from_ethernet(frame).ok()?;
     let proto = match packet.net.as_ref()? {
         NetSlice::Ipv4(ip) => ip.payload_ip_number(),

@@ -6,28 +6,28 @@ use lb_common::maps::{Device, Frontend, Set, cidr};
 use std::net::{IpAddr, SocketAddr};
 
 /// Devices.
-pub const CLIENT: u32 = 2;
-pub const BACKEND: u32 = 3;
-pub const UPLINK: u32 = 4;
-pub const OVERLAY: u32 = 5;
+pub(crate) const CLIENT: u32 = 2;
+pub(crate) const BACKEND: u32 = 3;
+pub(crate) const UPLINK: u32 = 4;
+pub(crate) const OVERLAY: u32 = 5;
 
 /// Addresses of one family.
 #[derive(Clone, Copy, Debug)]
-pub struct Net {
-    pub pod: IpAddr,
-    pub near: IpAddr,
-    pub far: IpAddr,
-    pub vip: IpAddr,
-    pub node: IpAddr,
-    pub overlay: IpAddr,
-    pub gateway: IpAddr,
-    pub outside: IpAddr,
-    pub internet: IpAddr,
-    pub router: IpAddr,
+pub(crate) struct Net {
+    pub(crate) pod: IpAddr,
+    pub(crate) near: IpAddr,
+    pub(crate) far: IpAddr,
+    pub(crate) vip: IpAddr,
+    pub(crate) node: IpAddr,
+    pub(crate) overlay: IpAddr,
+    pub(crate) gateway: IpAddr,
+    pub(crate) outside: IpAddr,
+    pub(crate) internet: IpAddr,
+    pub(crate) router: IpAddr,
 }
 
 impl Net {
-    pub fn of(v6: bool) -> Self {
+    pub(crate) fn of(v6: bool) -> Self {
         let at = |v4: &str, v6_: &str| if v6 { v6_ } else { v4 }.parse().expect("an address");
         Self {
             pod: at("10.42.0.5", "fd00:42::5"),
@@ -44,17 +44,18 @@ impl Net {
     }
 }
 
-pub const BOTH: [bool; 2] = [false, true];
+pub(crate) const BOTH: [bool; 2] = [false, true];
 
-pub fn sock(ip: IpAddr, port: u16) -> SocketAddr {
+pub(crate) fn sock(ip: IpAddr, port: u16) -> SocketAddr {
     SocketAddr::new(ip, port)
 }
 
 /// Devices and address ranges; no Services.
-pub fn cluster() -> World {
+pub(crate) fn cluster() -> World {
     let mut world = World::empty();
     let (v4, v6) = (Net::of(false), Net::of(true));
-    let device = |flags, a: IpAddr, b: IpAddr| Device { flags, masq4: Ip4::from_ip(a), masq6: Ip6::from_ip(b) };
+    let device =
+        |flags, a: IpAddr, b: IpAddr| Device { flags, masq4: Ip4::from_ip(a), masq6: Ip6::from_ip(b) };
     for pod in [CLIENT, BACKEND] {
         world.devices.insert(pod, device(Device::POD, v4.gateway, v6.gateway));
     }
@@ -69,12 +70,12 @@ pub fn cluster() -> World {
 }
 
 /// The same endpoints for everybody.
-pub fn serve(world: &mut World, proto: u8, at: SocketAddr, backends: &[(SocketAddr, bool)]) {
+pub(crate) fn serve(world: &mut World, proto: u8, at: SocketAddr, backends: &[(SocketAddr, bool)]) {
     let set = backends_of(world, backends);
     world.frontend(proto, at, Frontend { internal: set, external: set, service: 1, ..Default::default() });
 }
 
-pub fn backends_of(world: &mut World, backends: &[(SocketAddr, bool)]) -> Set {
+pub(crate) fn backends_of(world: &mut World, backends: &[(SocketAddr, bool)]) -> Set {
     let backends: Vec<_> = backends.iter().map(|(addr, local)| (*addr, *local, 0)).collect();
     world.set(&backends)
 }

@@ -6,14 +6,14 @@ use lb_common::datapath::{Covered, Packet, Reason, Reshape};
 
 /// Bytes from the Ethernet header on.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Frame {
-    pub bytes: Vec<u8>,
+pub(crate) struct Frame {
+    pub(crate) bytes: Vec<u8>,
     /// `CHECKSUM_PARTIAL`: the transport checksum is the pseudo header's sum, to be completed by the device.
-    pub partial: bool,
+    pub(crate) partial: bool,
 }
 
 impl Frame {
-    pub fn new(bytes: Vec<u8>) -> Self {
+    pub(crate) fn new(bytes: Vec<u8>) -> Self {
         Self { bytes, partial: false }
     }
 

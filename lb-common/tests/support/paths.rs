@@ -8,7 +8,7 @@ use lb_common::maps::Frontend;
 use std::net::{IpAddr, SocketAddr};
 
 /// What runs the programs: the host's copy, or the kernel.
-pub trait Runner {
+pub(crate) trait Runner {
     fn run(&mut self, device: u32, hook: Hook, frame: &mut Frame) -> Action;
 }
 
@@ -20,7 +20,7 @@ impl Runner for World {
 
 /// What a hook does to a packet's tuple.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Change {
+pub(crate) enum Change {
     Keep,
     ToBackend,
     /// To this address and a port of the masquerade range.
@@ -29,29 +29,29 @@ pub enum Change {
     ToVip,
 }
 
-pub type Hop = (u32, Hook, Change);
+pub(crate) type Hop = (u32, Hook, Change);
 
-pub struct Path {
-    pub name: &'static str,
-    pub client: SocketAddr,
-    pub vip: SocketAddr,
-    pub backend: SocketAddr,
-    pub forward: Vec<Hop>,
-    pub reply: Vec<Hop>,
+pub(crate) struct Path {
+    pub(crate) name: &'static str,
+    pub(crate) client: SocketAddr,
+    pub(crate) vip: SocketAddr,
+    pub(crate) backend: SocketAddr,
+    pub(crate) forward: Vec<Hop>,
+    pub(crate) reply: Vec<Hop>,
     /// Whether pings take it too.
-    pub ping: bool,
+    pub(crate) ping: bool,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Way {
+pub(crate) enum Way {
     Forward,
     Reply,
 }
 
-pub const WAYS: [Way; 2] = [Way::Forward, Way::Reply];
+pub(crate) const WAYS: [Way; 2] = [Way::Forward, Way::Reply];
 
 /// The node with one Service for each path.
-pub fn node() -> World {
+pub(crate) fn node() -> World {
     let mut world = cluster();
     for v6 in [false, true] {
         let n = Net::of(v6);
@@ -75,7 +75,7 @@ pub fn node() -> World {
     world
 }
 
-pub fn paths(v6: bool) -> Vec<Path> {
+pub(crate) fn paths(v6: bool) -> Vec<Path> {
     use Change::{Keep, ToBackend, ToClient, ToMasq, ToVip};
     use Hook::{Egress, Ingress};
     let n = Net::of(v6);
@@ -168,17 +168,17 @@ pub fn paths(v6: bool) -> Vec<Path> {
 }
 
 /// A conversation over a path.
-pub struct Talk<'a> {
-    pub path: &'a Path,
+pub(crate) struct Talk<'a> {
+    pub(crate) path: &'a Path,
     /// The first packet's; later ones follow from it.
-    pub l4: L4,
+    pub(crate) l4: L4,
     /// Whether the sender leaves checksums to the device.
-    pub partial: bool,
+    pub(crate) partial: bool,
     masq: Option<SocketAddr>,
 }
 
 impl<'a> Talk<'a> {
-    pub fn new(path: &'a Path, l4: L4, partial: bool) -> Self {
+    pub(crate) fn new(path: &'a Path, l4: L4, partial: bool) -> Self {
         Self { path, l4, partial, masq: None }
     }
 
@@ -188,7 +188,7 @@ impl<'a> Talk<'a> {
     }
 
     /// Source, destination and hooks of a packet that sets out.
-    pub fn start(&self, way: Way) -> (SocketAddr, SocketAddr, &'a [Hop]) {
+    pub(crate) fn start(&self, way: Way) -> (SocketAddr, SocketAddr, &'a [Hop]) {
         match way {
             Way::Forward => (self.path.client, self.far(self.path.vip), &self.path.forward),
             Way::Reply => {
@@ -209,7 +209,13 @@ impl<'a> Talk<'a> {
 
     /// Sends one packet and compares it after every hook. The action and the place of the first hook that did not pass
     /// it or did something else.
-    pub fn send(&mut self, runner: &mut impl Runner, way: Way, l4: L4, data: &[u8]) -> Result<(), Trouble> {
+    pub(crate) fn send(
+        &mut self,
+        runner: &mut impl Runner,
+        way: Way,
+        l4: L4,
+        data: &[u8],
+    ) -> Result<(), Trouble> {
         let (mut src, mut dst, hops) = self.start(way);
         let bytes = build::packet(src, dst, l4, data);
         let mut frame = Frame { bytes, partial: self.partial };
@@ -220,7 +226,11 @@ impl<'a> Talk<'a> {
             let before = frame.bytes.clone();
             let action = runner.run(device, hook, &mut frame);
             if action != Action::Pass {
-                return Err(Trouble { action, untouched: frame.bytes == before, text: self.at(device, hook, &action) });
+                return Err(Trouble {
+                    action,
+                    untouched: frame.bytes == before,
+                    text: self.at(device, hook, &action),
+                });
             }
             if let (Change::ToMasq(addr), None) = (change, self.masq) {
                 self.masq = Some(sock(addr, source_port(&frame.bytes)));
@@ -229,7 +239,10 @@ impl<'a> Talk<'a> {
             let expected = build::packet(src, dst, l4, data);
             let got = if self.partial { build::complete(frame.bytes.clone()) } else { frame.bytes.clone() };
             if got != expected {
-                let text = format!("{}\n  got      {got:02x?}\n  expected {expected:02x?}", self.at(device, hook, &src));
+                let text = format!(
+                    "{}\n  got      {got:02x?}\n  expected {expected:02x?}",
+                    self.at(device, hook, &src)
+                );
                 return Err(Trouble { action, untouched: frame.bytes == before, text });
             }
             assert_eq!(build::valid(&got), Some(true));
@@ -239,7 +252,7 @@ impl<'a> Talk<'a> {
 
     /// Sends an ICMP error against the way of a packet that went `quoted_way`, from the far end of that way or from a
     /// router, quoting `quote` bytes, and compares it after every hook.
-    pub fn error(
+    pub(crate) fn error(
         &mut self,
         runner: &mut impl Runner,
         quoted_way: Way,
@@ -268,17 +281,22 @@ impl<'a> Talk<'a> {
     }
 
     fn at(&self, device: u32, hook: Hook, what: &dyn std::fmt::Debug) -> String {
-        format!("{} {:?} {}: {hook:?} of device {device}: {what:?}", self.path.name, self.l4, self.path.client.ip())
+        format!(
+            "{} {:?} {}: {hook:?} of device {device}: {what:?}",
+            self.path.name,
+            self.l4,
+            self.path.client.ip()
+        )
     }
 }
 
 /// A packet that was not translated as it should have been.
 #[derive(Debug)]
-pub struct Trouble {
-    pub action: Action,
+pub(crate) struct Trouble {
+    pub(crate) action: Action,
     /// The hook left it as it came.
-    pub untouched: bool,
-    pub text: String,
+    pub(crate) untouched: bool,
+    pub(crate) text: String,
 }
 
 /// Source port, or echo identifier.

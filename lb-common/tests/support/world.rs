@@ -2,9 +2,7 @@
 
 use super::frame::Frame;
 use lb_common::addr::{Ip4, Ip6, NetPort};
-use lb_common::datapath::{
-    self, FlowRef, Kernel, Put, PutError, Reason, Tables, Verdict, Wire,
-};
+use lb_common::datapath::{self, FlowRef, Kernel, Put, PutError, Reason, Tables, Verdict, Wire};
 use lb_common::maps::{Addr, Device, Flow, FlowKey, Frontend, FrontendKey, Set, Slot, SlotKey};
 use std::cell::{Cell, RefCell, UnsafeCell};
 use std::collections::{HashMap, HashSet};
@@ -14,14 +12,14 @@ use std::ptr::NonNull;
 
 /// Which program.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Hook {
+pub(crate) enum Hook {
     Ingress,
     Egress,
 }
 
 /// What a program returns.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Action {
+pub(crate) enum Action {
     /// `TC_ACT_UNSPEC`
     Pass,
     /// `TC_ACT_SHOT`
@@ -31,7 +29,7 @@ pub enum Action {
 }
 
 /// What generic tests have to know of a family.
-pub trait Fam: Wire + Hash + Into<IpAddr> {
+pub(crate) trait Fam: Wire + Hash + Into<IpAddr> {
     fn from_ip(ip: IpAddr) -> Self;
     fn of(world: &World) -> &Family<Self>;
     fn of_mut(world: &mut World) -> &mut Family<Self>;
@@ -39,49 +37,49 @@ pub trait Fam: Wire + Hash + Into<IpAddr> {
 
 /// One family's tables.
 #[derive(Default)]
-pub struct Family<A> {
+pub(crate) struct Family<A> {
     flows: RefCell<HashMap<FlowKey<A>, Box<UnsafeCell<Flow<A>>>>>,
     /// Entries that were removed while a program runs: RCU keeps them readable.
     removed: RefCell<Vec<Box<UnsafeCell<Flow<A>>>>>,
-    pub frontends: HashMap<FrontendKey<A>, Frontend>,
-    pub slots: HashMap<SlotKey, Slot<A>>,
-    pub cidrs: Vec<(A, u8, u32)>,
+    pub(crate) frontends: HashMap<FrontendKey<A>, Frontend>,
+    pub(crate) slots: HashMap<SlotKey, Slot<A>>,
+    pub(crate) cidrs: Vec<(A, u8, u32)>,
     /// Tuples that a socket of the node would take.
-    pub sockets: HashSet<FlowKey<A>>,
+    pub(crate) sockets: HashSet<FlowKey<A>>,
 }
 
 impl<A: Fam> Family<A> {
     /// All flow entries.
-    pub fn flows(&self) -> HashMap<FlowKey<A>, Flow<A>> {
+    pub(crate) fn flows(&self) -> HashMap<FlowKey<A>, Flow<A>> {
         // SAFETY: one thread, and no program runs.
         self.flows.borrow().iter().map(|(key, flow)| (*key, unsafe { *flow.get() })).collect()
     }
 
     /// Takes one flow entry away.
-    pub fn lose(&self, key: &FlowKey<A>) {
+    pub(crate) fn lose(&self, key: &FlowKey<A>) {
         let entry = self.flows.borrow_mut().remove(key);
         self.removed.borrow_mut().extend(entry);
     }
 }
 
 /// Everything around a packet.
-pub struct World {
-    pub v4: Family<Ip4>,
-    pub v6: Family<Ip6>,
-    pub devices: HashMap<u32, Device>,
-    pub epochs: HashMap<u32, u32>,
-    pub reserved: HashSet<u16>,
-    pub ports: (u16, u16),
-    pub seed: u32,
-    pub now: Cell<u32>,
-    pub capacity: usize,
+pub(crate) struct World {
+    pub(crate) v4: Family<Ip4>,
+    pub(crate) v6: Family<Ip6>,
+    pub(crate) devices: HashMap<u32, Device>,
+    pub(crate) epochs: HashMap<u32, u32>,
+    pub(crate) reserved: HashSet<u16>,
+    pub(crate) ports: (u16, u16),
+    pub(crate) seed: u32,
+    pub(crate) now: Cell<u32>,
+    pub(crate) capacity: usize,
     ifindex: Cell<u32>,
     counts: RefCell<[u64; Reason::ALL.len()]>,
     sets: u32,
 }
 
 impl World {
-    pub fn empty() -> Self {
+    pub(crate) fn empty() -> Self {
         Self {
             v4: Family::default(),
             v6: Family::default(),
@@ -98,12 +96,12 @@ impl World {
         }
     }
 
-    pub fn counter(&self, reason: Reason) -> u64 {
+    pub(crate) fn counter(&self, reason: Reason) -> u64 {
         self.counts.borrow()[reason as usize]
     }
 
     /// A set of slots; a backend's number is its UDP liveness entry, zero for none.
-    pub fn set(&mut self, backends: &[(SocketAddr, bool, u32)]) -> Set {
+    pub(crate) fn set(&mut self, backends: &[(SocketAddr, bool, u32)]) -> Set {
         self.sets += 1;
         let set = Set { id: self.sets, count: backends.len() as u32 };
         for (index, (addr, local, backend_id)) in (0..).zip(backends) {
@@ -116,7 +114,15 @@ impl World {
         set
     }
 
-    fn slot<A: Fam>(&mut self, set: u32, index: u32, addr: SocketAddr, local: bool, backend_id: u32, epoch: u32) {
+    fn slot<A: Fam>(
+        &mut self,
+        set: u32,
+        index: u32,
+        addr: SocketAddr,
+        local: bool,
+        backend_id: u32,
+        epoch: u32,
+    ) {
         let slot = Slot {
             addr: A::from_ip(addr.ip()),
             port: NetPort::new(addr.port()),
@@ -128,7 +134,7 @@ impl World {
         A::of_mut(self).slots.insert(SlotKey { set, index }, slot);
     }
 
-    pub fn frontend(&mut self, proto: u8, at: SocketAddr, value: Frontend) {
+    pub(crate) fn frontend(&mut self, proto: u8, at: SocketAddr, value: Frontend) {
         match at.ip() {
             IpAddr::V4(_) => {
                 self.v4.frontends.insert(front_key(proto, at), value);
@@ -140,7 +146,7 @@ impl World {
     }
 
     /// Runs a program on a packet, as lb-ebpf's glue does.
-    pub fn run(&self, device: u32, hook: Hook, frame: &mut Frame) -> Action {
+    pub(crate) fn run(&self, device: u32, hook: Hook, frame: &mut Frame) -> Action {
         self.ifindex.set(device);
         let Some(ethertype) = frame.bytes.get(12..14).map(|b| u16::from_ne_bytes([b[0], b[1]])) else {
             return Action::Pass;
@@ -185,7 +191,7 @@ impl World {
     }
 }
 
-pub fn front_key<A: Fam>(proto: u8, at: SocketAddr) -> FrontendKey<A> {
+pub(crate) fn front_key<A: Fam>(proto: u8, at: SocketAddr) -> FrontendKey<A> {
     FrontendKey::new(A::from_ip(at.ip()), NetPort::new(at.port()), proto)
 }
 

@@ -1,0 +1,404 @@
+//! Which backend, which port, and what happens when there is none.
+
+use crate::support::build::{self, ACK, FIN, L4, RST, SYN};
+use crate::support::cluster::{
+    BACKEND, BOTH, CLIENT, Net, OVERLAY, UPLINK, backends_of, cluster, serve, sock,
+};
+use crate::support::frame::Frame;
+use crate::support::paths::node;
+use crate::support::world::{Action, Fam, Hook, World};
+use lb_common::addr::{Ip4, Ip6, NetPort};
+use lb_common::datapath::Reason;
+use lb_common::maps::{Device, FlowKey, Frontend, Side};
+use std::collections::{HashMap, HashSet};
+use std::net::{IpAddr, SocketAddr};
+
+/// Sends one packet through one hook; `Some` is what it became, by etherparse.
+fn pass(
+    world: &World,
+    device: u32,
+    hook: Hook,
+    src: SocketAddr,
+    dst: SocketAddr,
+    l4: L4,
+) -> Option<(SocketAddr, SocketAddr)> {
+    let mut frame = Frame::new(build::packet(src, dst, l4, b""));
+    let action = world.run(device, hook, &mut frame);
+    (action == Action::Pass).then(|| tuple(&frame.bytes))
+}
+
+fn tuple(frame: &[u8]) -> (SocketAddr, SocketAddr) {
+    use etherparse::{NetSlice, SlicedPacket, TransportSlice};
+    let packet = SlicedPacket::from_ethernet(frame).expect("a packet");
+    let (src, dst): (IpAddr, IpAddr) = match packet.net.expect("an IP header") {
+        NetSlice::Ipv4(ip) => (ip.header().source_addr().into(), ip.header().destination_addr().into()),
+        NetSlice::Ipv6(ip) => (ip.header().source_addr().into(), ip.header().destination_addr().into()),
+        NetSlice::Arp(_) => panic!("ARP"),
+    };
+    match packet.transport.expect("a transport header") {
+        TransportSlice::Tcp(h) => (sock(src, h.source_port()), sock(dst, h.destination_port())),
+        TransportSlice::Udp(h) => (sock(src, h.source_port()), sock(dst, h.destination_port())),
+        other => panic!("{other:?}"),
+    }
+}
+
+fn chosen(world: &World, src: SocketAddr, dst: SocketAddr, l4: L4) -> SocketAddr {
+    pass(world, CLIENT, Hook::Ingress, src, dst, l4).expect("it passes").1
+}
+
+fn many(v6: bool, count: u16) -> Vec<(SocketAddr, bool)> {
+    (0..count).map(|i| (sock(Net::of(v6).near, 8000 + i), true)).collect()
+}
+
+#[test]
+fn all_backends_are_equally_likely() {
+    for v6 in BOTH {
+        let n = Net::of(v6);
+        for count in [2u16, 3, 7, 10, 100] {
+            let mut world = cluster();
+            serve(&mut world, 6, sock(n.vip, 80), &many(v6, count));
+            let mut seen: HashMap<SocketAddr, f64> = HashMap::new();
+            let flows = 20_000u16;
+            // As a client takes its ports: one after the other.
+            for port in 30_000..30_000 + flows {
+                *seen.entry(chosen(&world, sock(n.pod, port), sock(n.vip, 80), L4::Tcp(SYN))).or_default() +=
+                    1.0;
+            }
+            let expected = f64::from(flows) / f64::from(count);
+            let missed = f64::from(count) - seen.len() as f64;
+            let chi2: f64 =
+                seen.values().map(|n| (n - expected).powi(2) / expected).sum::<f64>() + missed * expected;
+            // Wilson and Hilferty; four and a half standard deviations.
+            let k = f64::from(count - 1);
+            let z = ((chi2 / k).cbrt() - (1.0 - 2.0 / (9.0 * k))) / (2.0 / (9.0 * k)).sqrt();
+            assert!(z < 4.5, "{count} backends: chi-square {chi2}, z {z}, {seen:?}");
+        }
+    }
+}
+
+#[test]
+fn a_retransmitted_syn_goes_where_the_first_went() {
+    for v6 in BOTH {
+        let n = Net::of(v6);
+        let mut world = cluster();
+        serve(&mut world, 6, sock(n.vip, 80), &many(v6, 50));
+        for port in 1000..1200 {
+            let first = chosen(&world, sock(n.pod, port), sock(n.vip, 80), L4::Tcp(SYN));
+            assert_eq!(chosen(&world, sock(n.pod, port), sock(n.vip, 80), L4::Tcp(SYN)), first);
+            // Even when the endpoints have changed meanwhile.
+            serve(&mut world, 6, sock(n.vip, 80), &many(v6, 7 + port % 50));
+            assert_eq!(chosen(&world, sock(n.pod, port), sock(n.vip, 80), L4::Tcp(SYN)), first);
+            assert_eq!(chosen(&world, sock(n.pod, port), sock(n.vip, 80), L4::Tcp(ACK)), first);
+        }
+    }
+}
+
+#[test]
+fn a_closed_connection_s_port_starts_a_new_flow() {
+    for v6 in BOTH {
+        let n = Net::of(v6);
+        let (client, vip) = (sock(n.pod, 5000), sock(n.vip, 80));
+        for end in [FIN | ACK, RST] {
+            let mut world = cluster();
+            serve(&mut world, 6, vip, &[(sock(n.near, 8080), true)]);
+            assert_eq!(chosen(&world, client, vip, L4::Tcp(SYN)), sock(n.near, 8080));
+            serve(&mut world, 6, vip, &[(sock(n.far, 9090), false)]);
+            assert_eq!(chosen(&world, client, vip, L4::Tcp(end)), sock(n.near, 8080));
+            // What is still under way of the old connection.
+            assert_eq!(chosen(&world, client, vip, L4::Tcp(ACK)), sock(n.near, 8080));
+            assert_eq!(chosen(&world, client, vip, L4::Tcp(SYN)), sock(n.far, 9090));
+            let left = if v6 { world.v6.flows().len() } else { world.v4.flows().len() };
+            assert_eq!(left, 3, "of the old flow nothing");
+        }
+    }
+}
+
+#[test]
+fn a_udp_flow_leaves_a_backend_that_is_gone_and_a_tcp_flow_stays() {
+    for v6 in BOTH {
+        let n = Net::of(v6);
+        let (client, vip) = (sock(n.pod, 5000), sock(n.vip, 80));
+        let (old, new) = (sock(n.near, 8080), sock(n.far, 8080));
+        let mut world = cluster();
+        for (proto, id) in [(17, 1), (6, 0)] {
+            let set = world.set(&[(old, true, id)]);
+            world.frontend(proto, vip, Frontend { internal: set, external: set, ..Default::default() });
+        }
+        assert_eq!(chosen(&world, client, vip, L4::Udp), old);
+        assert_eq!(chosen(&world, client, vip, L4::Tcp(SYN)), old);
+        for (proto, id) in [(17, 2), (6, 0)] {
+            let set = world.set(&[(new, false, id)]);
+            world.frontend(proto, vip, Frontend { internal: set, external: set, ..Default::default() });
+        }
+        // Another endpoint appeared; this one still serves.
+        assert_eq!(chosen(&world, client, vip, L4::Udp), old);
+        world.epochs.insert(1, 1);
+        assert_eq!(chosen(&world, client, vip, L4::Udp), new);
+        assert_eq!(chosen(&world, client, vip, L4::Udp), new);
+        assert_eq!(world.counter(Reason::BackendGone), 1);
+        assert_eq!(chosen(&world, client, vip, L4::Tcp(ACK)), old);
+        // The new backend's replies come from the VIP, and nothing is left of the old one's.
+        assert_eq!(pass(&world, CLIENT, Hook::Egress, new, client, L4::Udp), Some((vip, client)));
+        assert_eq!(pass(&world, CLIENT, Hook::Egress, old, client, L4::Udp), Some((old, client)));
+        // None left: refused.
+        serve(&mut world, 17, vip, &[]);
+        world.epochs.insert(2, 1);
+        let mut frame = Frame::new(build::packet(client, vip, L4::Udp, b""));
+        assert_eq!(world.run(CLIENT, Hook::Ingress, &mut frame), Action::Reply);
+    }
+}
+
+#[test]
+fn pods_and_outsiders_have_their_own_sets() {
+    for v6 in BOTH {
+        let n = Net::of(v6);
+        let mut world = cluster();
+        let internal = backends_of(&mut world, &[(sock(n.near, 1), true)]);
+        let external = backends_of(&mut world, &[(sock(n.near, 2), true)]);
+        world.frontend(6, sock(n.vip, 80), Frontend { internal, external, ..Default::default() });
+        for (device, port, source) in
+            [(CLIENT, 1, n.pod), (UPLINK, 2, n.outside), (OVERLAY, 2, n.far), (9, 2, n.router)]
+        {
+            let to = pass(&world, device, Hook::Ingress, sock(source, 5000), sock(n.vip, 80), L4::Tcp(SYN));
+            assert_eq!(to.expect("it passes").1, sock(n.near, port), "device {device}");
+        }
+    }
+}
+
+#[test]
+fn a_missing_slot_drops_and_is_counted() {
+    let n = Net::of(false);
+    let mut world = cluster();
+    serve(&mut world, 6, sock(n.vip, 80), &many(false, 3));
+    world.v4.slots.clear();
+    assert_eq!(pass(&world, CLIENT, Hook::Ingress, sock(n.pod, 1), sock(n.vip, 80), L4::Tcp(SYN)), None);
+    assert_eq!(world.counter(Reason::SlotMissing), 1);
+}
+
+/// Two Services with the same backend, and a client that uses one port for both.
+fn collision(v6: bool) -> (World, Net, [SocketAddr; 2], SocketAddr, SocketAddr) {
+    let n = Net::of(v6);
+    let (vips, backend) = ([sock(n.vip, 80), sock(n.vip, 90)], sock(n.near, 8080));
+    let mut world = cluster();
+    for vip in vips {
+        serve(&mut world, 6, vip, &[(backend, true)]);
+    }
+    (world, n, vips, backend, sock(n.pod, 5000))
+}
+
+fn collide<A: Fam>(v6: bool) {
+    let (world, _, vips, backend, client) = collision(v6);
+    assert_eq!(chosen(&world, client, vips[0], L4::Tcp(SYN)), backend);
+    let all = A::of(&world).flows();
+    for lost in [None].into_iter().chain(all.keys().map(Some)) {
+        let (world, _, vips, backend, client) = collision(v6);
+        assert_eq!(chosen(&world, client, vips[0], L4::Tcp(SYN)), backend);
+        if let Some(key) = lost {
+            A::of(&world).lose(key);
+        }
+        let second = pass(&world, CLIENT, Hook::Ingress, client, vips[1], L4::Tcp(SYN));
+        assert_eq!(second, None, "{lost:?}");
+        assert_eq!(world.counter(Reason::Collision), 1);
+        // The first one does not notice.
+        for _ in 0..2 {
+            let reply = pass(&world, CLIENT, Hook::Egress, backend, client, L4::Tcp(ACK));
+            assert_eq!(reply, Some((vips[0], client)), "{lost:?}");
+            assert_eq!(chosen(&world, client, vips[0], L4::Tcp(ACK)), backend);
+        }
+        // Until it has been closed.
+        chosen(&world, client, vips[0], L4::Tcp(FIN | ACK));
+        pass(&world, BACKEND, Hook::Egress, client, backend, L4::Tcp(FIN | ACK));
+        pass(&world, CLIENT, Hook::Egress, backend, client, L4::Tcp(FIN | ACK));
+        assert_eq!(chosen(&world, client, vips[1], L4::Tcp(SYN)), backend);
+        let reply = pass(&world, CLIENT, Hook::Egress, backend, client, L4::Tcp(SYN | ACK));
+        assert_eq!(reply, Some((vips[1], client)));
+        // The first Service once more, from the same port: it must not take what is now the second one's.
+        let third = pass(&world, CLIENT, Hook::Ingress, client, vips[0], L4::Tcp(SYN));
+        assert_eq!(third, None, "{lost:?}");
+        let reply = pass(&world, CLIENT, Hook::Egress, backend, client, L4::Tcp(ACK));
+        assert_eq!(reply, Some((vips[1], client)), "{lost:?}");
+    }
+}
+
+#[test]
+fn a_flow_that_collides_after_translation_disturbs_nobody() {
+    collide::<Ip4>(false);
+    collide::<Ip6>(true);
+}
+
+fn masq<A: Fam>(v6: bool) {
+    let n = Net::of(v6);
+    let mut world = cluster();
+    world.ports = (20_000, 20_019);
+    world.reserved = (20_000..20_004).collect();
+    let to = sock(n.internet, 443);
+    for port in 20_004..20_008u16 {
+        // A socket of the node that talks to the same peer.
+        world_socket::<A>(&mut world, to, sock(n.node, port));
+    }
+    let mut taken = HashSet::new();
+    let mut refused = 0;
+    for port in 1..200 {
+        match pass(&world, UPLINK, Hook::Egress, sock(n.pod, port), to, L4::Udp) {
+            Some((src, dst)) => {
+                assert_eq!((src.ip(), dst), (n.node, to));
+                assert!((20_008..20_020).contains(&src.port()), "{src} is reserved or used");
+                assert!(taken.insert(src), "{src} was taken twice");
+            }
+            None => refused += 1,
+        }
+    }
+    assert_eq!(taken.len(), 12, "all free ports are used");
+    assert_eq!(world.counter(Reason::MasqueradePortsExhausted), refused);
+    assert_eq!(refused, 199 - 12);
+    // The same ports serve other peers and protocols.
+    for (to, l4) in [(sock(n.outside, 443), L4::Udp), (sock(n.internet, 444), L4::Udp), (to, L4::Tcp(SYN))] {
+        assert!(pass(&world, UPLINK, Hook::Egress, sock(n.pod, 1), to, l4).is_some());
+    }
+}
+
+fn world_socket<A: Fam>(world: &mut World, from: SocketAddr, to: SocketAddr) {
+    let key = FlowKey {
+        src: A::from_ip(from.ip()),
+        dst: A::from_ip(to.ip()),
+        sport: NetPort::new(from.port()),
+        dport: NetPort::new(to.port()),
+        proto: 17,
+        pad: [0; 3],
+    };
+    A::of_mut(world).sockets.insert(key);
+}
+
+#[test]
+fn masquerade_ports_are_free_ones_and_run_out() {
+    masq::<Ip4>(false);
+    masq::<Ip6>(true);
+}
+
+#[test]
+fn what_is_not_masqueraded() {
+    for v6 in BOTH {
+        let n = Net::of(v6);
+        let world = cluster();
+        let special: [IpAddr; 2] = if v6 { ["fe80::1", "ff02::fb"] } else { ["169.254.1.1", "224.0.0.251"] }
+            .map(|s| s.parse().expect("an address"));
+        let [link_local, multicast] = special;
+        for (src, dst, device) in [
+            (n.pod, n.far, UPLINK),
+            (n.pod, n.router, UPLINK),
+            (n.pod, link_local, UPLINK),
+            (n.pod, multicast, UPLINK),
+            (n.node, n.internet, UPLINK),
+            (n.outside, n.internet, UPLINK),
+            (n.pod, n.internet, BACKEND),
+            (n.pod, n.internet, 9),
+        ] {
+            let (src, dst) = (sock(src, 5000), sock(dst, 443));
+            assert_eq!(pass(&world, device, Hook::Egress, src, dst, L4::Udp), Some((src, dst)));
+        }
+        assert_eq!(world.counter(Reason::NewFlow), 0);
+    }
+}
+
+#[test]
+fn no_address_to_masquerade_to() {
+    for v6 in BOTH {
+        let n = Net::of(v6);
+        let mut world = cluster();
+        world.devices.insert(UPLINK, Device { flags: Device::MASQUERADE, ..Default::default() });
+        assert_eq!(pass(&world, UPLINK, Hook::Egress, sock(n.pod, 1), sock(n.internet, 443), L4::Udp), None);
+        assert_eq!(world.counter(Reason::NoMasqueradeAddress), 1);
+    }
+}
+
+#[test]
+fn a_reply_to_a_masquerade_port_is_no_nodeport_request() {
+    for v6 in BOTH {
+        let n = Net::of(v6);
+        let mut world = cluster();
+        world.ports = (30_080, 30_080);
+        serve(&mut world, 17, sock(n.node, 30_080), &[(sock(n.near, 8080), true)]);
+        let (pod, peer) = (sock(n.pod, 5000), sock(n.internet, 443));
+        let masq = sock(n.node, 30_080);
+        assert_eq!(pass(&world, UPLINK, Hook::Egress, pod, peer, L4::Udp), Some((masq, peer)));
+        assert_eq!(pass(&world, UPLINK, Hook::Ingress, peer, masq, L4::Udp), Some((peer, pod)));
+        let other = sock(n.outside, 443);
+        assert_eq!(
+            pass(&world, UPLINK, Hook::Ingress, other, masq, L4::Udp),
+            Some((other, sock(n.near, 8080)))
+        );
+    }
+}
+
+#[test]
+fn a_full_table_drops_new_flows_whole_and_keeps_the_old() {
+    for v6 in BOTH {
+        let n = Net::of(v6);
+        for spare in 0..3 {
+            let mut world = node();
+            let (client, vip, backend) = (sock(n.pod, 5000), sock(n.vip, 80), sock(n.near, 8080));
+            assert_eq!(chosen(&world, client, vip, L4::Tcp(SYN)), backend);
+            world.capacity = 3 + spare;
+            assert_eq!(pass(&world, CLIENT, Hook::Ingress, sock(n.pod, 5001), vip, L4::Tcp(SYN)), None);
+            assert_eq!(world.counter(Reason::FlowTableFull), 1);
+            let left = if v6 { world.v6.flows().len() } else { world.v4.flows().len() };
+            assert_eq!(left, 3, "no half of a flow stays behind");
+            assert_eq!(chosen(&world, client, vip, L4::Tcp(ACK)), backend);
+        }
+        // Masquerade: two entries.
+        for spare in 0..2 {
+            let mut world = node();
+            world.capacity = spare;
+            assert_eq!(
+                pass(&world, UPLINK, Hook::Egress, sock(n.pod, 1), sock(n.internet, 443), L4::Udp),
+                None
+            );
+            let left = if v6 { world.v6.flows().len() } else { world.v4.flows().len() };
+            assert_eq!((left, world.counter(Reason::FlowTableFull)), (0, 1));
+        }
+    }
+}
+
+#[test]
+fn a_udp_checksum_never_becomes_none() {
+    // Zero stands for "none" in UDP (and is forbidden in IPv6): what computes to zero is sent as all ones (RFC 768).
+    for v6 in BOTH {
+        let n = Net::of(v6);
+        let (client, vip, backend) = (sock(n.pod, 5000), sock(n.vip, 80), sock(n.near, 8080));
+        let zero = (0..=u16::MAX).map(|w| build::packet(client, backend, L4::Udp, &w.to_be_bytes()));
+        let at = if v6 { 14 + 40 + 6 } else { 14 + 20 + 6 };
+        let expected =
+            zero.into_iter().find(|f| f[at..at + 2] == [0xff, 0xff]).expect("one word makes it zero");
+        let data = &expected[at + 2..];
+        let mut frame = Frame::new(build::packet(client, vip, L4::Udp, data));
+        assert_eq!(node().run(CLIENT, Hook::Ingress, &mut frame), Action::Pass);
+        assert_eq!(frame.bytes, expected);
+    }
+}
+
+#[test]
+fn udp_over_ipv4_without_a_checksum_stays_without() {
+    let n = Net::of(false);
+    let without = |dst| {
+        let mut frame = build::packet(sock(n.pod, 5000), dst, L4::Udp, b"data");
+        frame[40..42].fill(0);
+        Frame::new(frame)
+    };
+    let mut frame = without(sock(n.vip, 80));
+    assert_eq!(node().run(CLIENT, Hook::Ingress, &mut frame), Action::Pass);
+    assert_eq!(frame, without(sock(n.near, 8080)));
+}
+
+#[test]
+fn sides_of_a_flow() {
+    let world = node();
+    let n = Net::of(false);
+    chosen(&world, sock(n.pod, 5000), sock(n.vip, 82), L4::Tcp(SYN));
+    pass(&world, CLIENT, Hook::Egress, sock(n.pod, 5000), sock(n.pod, 8080), L4::Tcp(SYN));
+    let mut sides: Vec<_> = world.v4.flows().values().filter_map(|f| Side::from_raw(f.side)).collect();
+    sides.sort_by_key(|s| *s as u8);
+    assert_eq!(sides, [Side::Front, Side::Forward, Side::Back, Side::Reply]);
+    for (key, flow) in world.v4.flows() {
+        assert_eq!(flow.key(Side::from_raw(flow.side).expect("a side")), key);
+    }
+}
