@@ -4,6 +4,7 @@ use crate::cli::{RunArgs, SocketLb, SourceArgs};
 use crate::health::{self, Health};
 use crate::kernel::devices::Devices;
 use crate::kernel::pins::Pins;
+use crate::kernel::ports;
 use crate::kernel::programs::{self, Features};
 use crate::kernel::sockets;
 use crate::kernel::sweep::Sweeper;
@@ -17,9 +18,13 @@ use anyhow::{Context as _, Result, anyhow};
 use lb_common::datapath::Reason;
 use std::fs::File;
 use std::sync::Mutex;
+use std::time::Duration;
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::mpsc;
 use tracing::info;
+
+/// How often the programs' log is looked at, if there is one.
+const LOG_EVERY: Duration = Duration::from_millis(100);
 
 /// Runs the agent until it is told to stop. What it put into the kernel stays there.
 ///
@@ -39,6 +44,10 @@ pub async fn run(args: RunArgs) -> Result<()> {
         sockets::learn_netns(&mut Tables::open(&pins)?)
             .context("tell the socket hooks the node's namespace")?;
     }
+    if args.log_packets {
+        follow_packet_log(&mut ebpf)?;
+    }
+    ports::reserve(&mut Tables::open(&pins)?)?;
     let writer = MapWriter::new(
         Tables::open(&pins)?,
         args.cluster_cidr.0.clone(),
@@ -64,6 +73,19 @@ pub async fn run(args: RunArgs) -> Result<()> {
         _ = interrupt.recv() => Ok(()),
     }?;
     info!("stopping; what is programmed keeps forwarding");
+    Ok(())
+}
+
+/// Passes on what the programs log.
+fn follow_packet_log(ebpf: &mut aya::Ebpf) -> Result<()> {
+    let mut logger = aya_log::EbpfLogger::init(ebpf).context("read the programs' log")?;
+    tokio::spawn(async move {
+        let mut every = tokio::time::interval(LOG_EVERY);
+        loop {
+            every.tick().await;
+            logger.flush();
+        }
+    });
     Ok(())
 }
 

@@ -57,6 +57,9 @@ pub static LB_DEVICE: HashMap<u32, Device> = HashMap::with_max_entries(4096, BPF
 pub static LB_PORTS: Array<u64> = Array::with_max_entries(1024, 0);
 #[map]
 pub static LB_COUNT: PerCpuArray<u64> = PerCpuArray::with_max_entries(Reason::ALL.len() as u32, 0);
+/// A value out of the verifier's sight: see `Kernel::launder`.
+#[map]
+pub static LB_SCRATCH: PerCpuArray<[u64; 16]> = PerCpuArray::with_max_entries(1, 0);
 /// Names of Services, for tools. The programs never look.
 #[map]
 pub static LB_NAME: HashMap<u32, ServiceName> = HashMap::with_max_entries(1 << 17, BPF_F_NO_PREALLOC);

@@ -2,7 +2,7 @@
 
 use crate::tables::{
     FLAGS, HASH_SEED, LB_CIDR4, LB_CIDR6, LB_COUNT, LB_DEVICE, LB_EPOCH, LB_FLOW4, LB_FLOW6, LB_FRONT4,
-    LB_FRONT6, LB_PORTS, LB_SLOT4, LB_SLOT6, MASQ_FIRST, MASQ_LAST,
+    LB_FRONT6, LB_PORTS, LB_SCRATCH, LB_SLOT4, LB_SLOT6, MASQ_FIRST, MASQ_LAST,
 };
 use aya_ebpf::bindings::{
     __sk_buff, BPF_F_MARK_MANGLED_0, BPF_F_PSEUDO_HDR, TC_ACT_SHOT, TC_ACT_UNSPEC, bpf_adj_room_mode,
@@ -11,6 +11,7 @@ use aya_ebpf::helpers::generated as helpers;
 use aya_ebpf::macros::classifier;
 use aya_ebpf::maps::lpm_trie::Key;
 use aya_ebpf::programs::TcContext;
+use aya_log_ebpf::info;
 use bytemuck::Pod;
 use core::ptr::NonNull;
 use lb_common::addr::{Ip4, Ip6};
@@ -67,13 +68,32 @@ where
         Verdict::Pass => TC_ACT_UNSPEC,
         Verdict::Drop(reason) => {
             around.count(reason);
+            log(&skb, reason);
             TC_ACT_SHOT
         }
         Verdict::Reject(reason) => {
             around.count(reason);
+            log(&skb, reason);
             reject::<A>(&mut skb, &around)
         }
     }
+}
+
+/// One line for a packet that went no further, if asked for at load: where not, this is not even verified.
+#[inline(always)]
+fn log(skb: &Skb, reason: Reason) {
+    if FLAGS.load() & flags::LOG != 0 {
+        write_log(skb.0, reason as u32);
+    }
+}
+
+/// Few arguments: each costs stack, of which there is little left here.
+#[inline(never)]
+fn write_log(skb: *mut __sk_buff, reason: u32) {
+    // SAFETY: the context is valid.
+    let (device, len) = unsafe { ((*skb).ifindex, (*skb).len) };
+    let name = Reason::from_index(reason).name();
+    info!(&TcContext::new(skb), "{}: a packet of {} bytes on device {}", name, len, device);
 }
 
 #[inline(never)]
@@ -251,6 +271,17 @@ impl Kernel for Around {
     #[inline(always)]
     fn port_reserved(&self, port: u16) -> bool {
         LB_PORTS.get(u32::from(port >> 6)).is_some_and(|bits| bits >> (port & 63) & 1 != 0)
+    }
+
+    #[inline(always)]
+    fn launder<'a, T: Copy>(&'a self, value: &'a T) -> Option<&'a T> {
+        const { assert!(size_of::<T>() <= size_of::<[u64; 16]>() && align_of::<T>() <= align_of::<u64>()) };
+        let scratch = LB_SCRATCH.get_ptr_mut(0)?.cast::<T>();
+        // SAFETY: large enough and aligned (above); this CPU's own, and no program of ours interrupts another.
+        unsafe {
+            scratch.write(*value);
+            Some(&*scratch)
+        }
     }
 }
 

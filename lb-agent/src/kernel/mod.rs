@@ -7,6 +7,7 @@
 pub mod attach;
 pub mod devices;
 pub mod pins;
+pub mod ports;
 pub mod programs;
 pub mod sockets;
 pub mod sweep;

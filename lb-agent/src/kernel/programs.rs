@@ -10,10 +10,10 @@ use lb_common::maps::flags;
 use std::os::fd::AsRawFd as _;
 
 /// The compiled programs.
-static OBJECT: &[u8] = aya::include_bytes_aligned!(concat!(env!("OUT_DIR"), "/lb-ebpf.o"));
+pub(crate) static OBJECT: &[u8] = aya::include_bytes_aligned!(concat!(env!("OUT_DIR"), "/lb-ebpf.o"));
 
 /// Every map of the object, all pinned.
-const MAPS: [&str; 15] = [
+pub(crate) const MAPS: [&str; 15] = [
     "LB_FLOW4",
     "LB_FLOW6",
     "LB_FRONT4",

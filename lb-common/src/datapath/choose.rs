@@ -114,11 +114,16 @@ fn new_flow<A: Addr, K: Tables<A>>(
 #[inline(always)]
 fn enter<A: Addr, K: Tables<A>>(kernel: &K, flow: &mut Flow<A>) -> Result<(), Reason> {
     put(kernel, flow, Side::Reply)?;
-    let result = put(kernel, flow, Side::Forward).and_then(|()| put(kernel, flow, Side::Front));
-    if result.is_err() {
-        forget(kernel, flow);
+    if let Err(reason) = put(kernel, flow, Side::Forward) {
+        kernel.remove_flow(&flow.key(Side::Reply));
+        return Err(reason);
     }
-    result
+    if let Err(reason) = put(kernel, flow, Side::Front) {
+        kernel.remove_flow(&flow.key(Side::Forward));
+        kernel.remove_flow(&flow.key(Side::Reply));
+        return Err(reason);
+    }
+    Ok(())
 }
 
 #[inline(always)]

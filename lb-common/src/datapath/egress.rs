@@ -4,7 +4,7 @@ use super::ingress::done;
 use super::masquerade;
 use super::parse::{Headers, Kind, NotOurs, Wire, parse};
 use super::rewrite::{End, rewrite};
-use super::{FlowRef, Outcome, Packet, Put, Reason, Tables, Verdict, icmp_error};
+use super::{FlowRef, Packet, Put, Reason, Tables, Verdict, icmp_error};
 use crate::maps::{Addr, Flow, Side};
 
 /// A packet leaves by a device.
@@ -21,62 +21,73 @@ pub fn egress<A: Wire, P: Packet, K: Tables<A>>(packet: &mut P, kernel: &K) -> V
     if headers.kind == Kind::IcmpError {
         return Verdict::from_raw(icmp_error::at_egress(packet, kernel, &headers));
     }
-    let entry = match kernel.flow(&headers.key) {
+    let found = kernel.flow(&headers.key);
+    if let Some(entry) = &found
+        && let Some(verdict) = known(packet, kernel, &headers, entry)
+    {
+        return verdict;
+    }
+    let Some(headers) = kernel.launder(&headers) else { return Verdict::Pass };
+    let entry = match found {
         Some(entry) => entry,
-        None => match unknown(packet, kernel, &headers) {
+        None => match missing(kernel, headers) {
             REPAIRED => match kernel.flow(&headers.key) {
                 Some(entry) => entry,
                 None => return Verdict::Pass,
             },
-            outcome => return Verdict::from_raw(outcome),
+            UNKNOWN => return Verdict::from_raw(masquerade::new_flow(packet, kernel, headers)),
+            _ => return Verdict::Pass,
         },
     };
-    known(packet, kernel, &headers, &entry)
+    known(packet, kernel, headers, &entry)
+        .unwrap_or_else(|| Verdict::from_raw(masquerade::decide(packet, kernel, headers, &entry)))
 }
 
-/// What [`unknown`] returns when there is an entry now. No [`Verdict`].
-const REPAIRED: Outcome = 0x400;
+/// What [`missing`] finds: there is an entry now; the flow is none of ours; there is nothing at all.
+const REPAIRED: u32 = 0;
+const NOT_OURS: u32 = 1;
+const UNKNOWN: u32 = 2;
 
 /// No entry: lost, or the first packet of a flow that only has to be masqueraded, or nothing of ours.
 #[inline(never)]
-fn unknown<A: Wire, P: Packet, K: Tables<A>>(packet: &mut P, kernel: &K, headers: &Headers<A>) -> Outcome {
+fn missing<A: Wire, K: Tables<A>>(kernel: &K, headers: &Headers<A>) -> u32 {
     match kernel.flow(&headers.key.reversed()) {
         Some(twin) if repair(kernel, headers, twin.get()) => REPAIRED,
-        Some(_) => Verdict::Pass.raw(),
-        None => masquerade::new_flow(packet, kernel, headers),
+        Some(_) => NOT_OURS,
+        None => UNKNOWN,
     }
 }
 
-/// What the entry says.
+/// What the entry says; nothing if the source has still to be decided on.
 #[inline(always)]
 fn known<A: Wire, P: Packet, K: Tables<A>>(
     packet: &mut P,
     kernel: &K,
     headers: &Headers<A>,
     entry: &FlowRef<'_, A>,
-) -> Verdict {
+) -> Option<Verdict> {
     let flow = entry.get();
     let (addr, port) = match Side::from_raw(flow.side) {
         Some(Side::Reply) => (flow.vip, flow.vip_port),
         Some(Side::Forward) if flow.flags & Flow::<A>::MASQ_DONE != 0 => {
-            if entry.seen(kernel.now(), headers.state()) {
+            if entry.seen(kernel.now(), headers.state() | Flow::<A>::SEEN) {
                 masquerade::renew(kernel, flow);
             }
-            return done(rewrite(packet, headers, End::Source, flow.masq, flow.masq_port));
+            return Some(done(rewrite(packet, headers, End::Source, flow.masq, flow.masq_port)));
         }
         Some(Side::Forward) => {
             if flow.flags & (Flow::<A>::MASQ_NEEDED | Flow::<A>::MASQ_UNDECIDED) == 0 {
                 entry.seen(kernel.now(), headers.state() | Flow::<A>::SEEN);
-                return Verdict::Pass;
+                return Some(Verdict::Pass);
             }
             entry.seen(kernel.now(), headers.state());
-            return Verdict::from_raw(masquerade::decide(packet, kernel, headers, entry));
+            return None;
         }
         // Entries of the ingress hook: a packet that has not been through it.
-        Some(Side::Front | Side::Back) | None => return Verdict::Pass,
+        Some(Side::Front | Side::Back) | None => return Some(Verdict::Pass),
     };
     entry.seen(kernel.now(), headers.state() | Flow::<A>::SEEN);
-    done(rewrite(packet, headers, End::Source, addr, port))
+    Some(done(rewrite(packet, headers, End::Source, addr, port)))
 }
 
 /// The entry is missing: if it belongs to a translated flow, the entry of the other direction tells. (A reply that

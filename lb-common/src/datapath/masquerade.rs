@@ -11,7 +11,7 @@ use crate::maps::{Addr, Device, Flow, Side, cidr};
 const PORT_TRIES: u32 = 32;
 
 /// A packet of no known flow leaves: does it start one that has to be masqueraded?
-#[inline(always)]
+#[inline(never)]
 pub(super) fn new_flow<A: Wire, P: Packet, K: Tables<A>>(
     packet: &mut P,
     kernel: &K,

@@ -1,1 +1,398 @@
+//! Against real maps, in a BPF file system of the test's own.
 
+use super::MapWriter;
+use crate::kernel::pins::Pins;
+use crate::kernel::programs::{MAPS, OBJECT};
+use crate::kernel::tables::Tables;
+use crate::model::{Endpoint, EndpointSet, Frontend, FrontendAddr, FrontendKind, Protocol, ServicePort};
+use crate::sync::{Diff, Writer as _};
+use aya::EbpfLoader;
+use lb_common::addr::{Ip4, Ip6, NetPort};
+use lb_common::maps::{self, FrontendKey, ServiceName, Set, Slot, SlotKey};
+use nix::mount::{MsFlags, mount};
+use nix::sched::{CloneFlags, unshare};
+use std::collections::{BTreeSet, HashMap};
+use std::net::SocketAddr;
+use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
+use std::time::Duration;
+
+const WHY_ROOT: &str =
+    "the writer's tests make BPF maps and a mount namespace of their own: run them as root";
+
+/// Pinned maps that nobody else sees: a mount namespace for this thread (and those that it starts), gone with it.
+struct Bpffs {
+    dir: tempfile::TempDir,
+    pins: Pins,
+}
+
+impl Bpffs {
+    fn new() -> Self {
+        unshare(CloneFlags::CLONE_NEWNS).expect(WHY_ROOT);
+        let private = MsFlags::MS_REC | MsFlags::MS_PRIVATE;
+        mount(None::<&str>, "/", None::<&str>, private, None::<&str>).expect(WHY_ROOT);
+        let dir = tempfile::tempdir().expect("a directory");
+        let pins = Pins::prepare(dir.path()).expect(WHY_ROOT);
+        let mut loader = EbpfLoader::new();
+        for map in MAPS {
+            loader.map_pin_path(map, pins.map(map));
+        }
+        loader.load(OBJECT).expect(WHY_ROOT);
+        Self { dir, pins }
+    }
+
+    fn tables(&self) -> Tables {
+        Tables::open(&self.pins).expect("the pinned maps")
+    }
+
+    /// An agent that has just started.
+    fn writer(&self) -> (MapWriter, BTreeSet<FrontendAddr>) {
+        let mut writer = MapWriter::new(self.tables(), Vec::new(), Vec::new());
+        let adopted = writer.adopt().expect("adopt").into_iter().collect();
+        (writer, adopted)
+    }
+
+    fn state(&self) -> State {
+        State::of(&self.tables())
+    }
+}
+
+impl Drop for Bpffs {
+    fn drop(&mut self) {
+        nix::mount::umount2(self.dir.path(), nix::mount::MntFlags::MNT_DETACH).expect("unmount");
+    }
+}
+
+/// All that the writer writes.
+#[derive(Debug, PartialEq)]
+struct State {
+    front4: HashMap<FrontendKey<Ip4>, maps::Frontend>,
+    front6: HashMap<FrontendKey<Ip6>, maps::Frontend>,
+    slot4: HashMap<SlotKey, Slot<Ip4>>,
+    slot6: HashMap<SlotKey, Slot<Ip6>>,
+    names: HashMap<u32, ServiceName>,
+    epochs: Vec<u32>,
+}
+
+impl State {
+    fn of(tables: &Tables) -> Self {
+        Self {
+            front4: tables.v4.frontends.iter().map(Result::unwrap).collect(),
+            front6: tables.v6.frontends.iter().map(Result::unwrap).collect(),
+            slot4: tables.v4.slots.iter().map(Result::unwrap).collect(),
+            slot6: tables.v6.slots.iter().map(Result::unwrap).collect(),
+            names: tables.names.iter().map(Result::unwrap).collect(),
+            epochs: (0..64).map(|id| tables.epochs.get(&id, 0).expect("an epoch")).collect(),
+        }
+    }
+}
+
+fn at(addr: &str, protocol: Protocol) -> FrontendAddr {
+    FrontendAddr { addr: addr.parse().expect("an address"), protocol }
+}
+
+fn endpoints(addrs: &[&str]) -> EndpointSet {
+    let list =
+        addrs.iter().map(|a| Endpoint { addr: a.parse().expect("an address"), local: a.contains(".0.") });
+    EndpointSet::Endpoints(list.collect())
+}
+
+fn service(name: &str) -> ServicePort {
+    ServicePort { namespace: "default".into(), name: name.into(), port: "http".into() }
+}
+
+fn frontend(name: &str, set: EndpointSet) -> Frontend {
+    Frontend {
+        service: service(name),
+        kind: FrontendKind::ClusterIp,
+        internal: set.clone(),
+        external: set,
+        affinity: Some(Duration::from_secs(10_800)),
+        masquerade_always: false,
+    }
+}
+
+fn put(writer: &mut MapWriter, at: FrontendAddr, frontend: Frontend) {
+    writer.apply(&Diff { upserts: vec![(at, frontend)], deletes: vec![] }).expect("write");
+}
+
+fn delete(writer: &mut MapWriter, at: FrontendAddr) {
+    writer.apply(&Diff { upserts: vec![], deletes: vec![at] }).expect("delete");
+}
+
+#[test]
+fn what_is_written() {
+    let bpffs = Bpffs::new();
+    let (mut writer, adopted) = bpffs.writer();
+    assert!(adopted.is_empty());
+    let (tcp, udp) = (at("10.96.0.10:80", Protocol::Tcp), at("[fd00:96::a]:53", Protocol::Udp));
+    put(&mut writer, tcp, frontend("web", endpoints(&["10.42.0.5:8080", "10.42.1.7:8080"])));
+    let mixed = Frontend {
+        internal: endpoints(&["[fd00:42::5]:53"]),
+        external: EndpointSet::Drop,
+        masquerade_always: true,
+        affinity: None,
+        kind: FrontendKind::NodePort,
+        ..frontend("dns", EndpointSet::Reject)
+    };
+    put(&mut writer, udp, mixed);
+    let state = bpffs.state();
+    let (key, web) = state.front4.iter().next().expect("a frontend");
+    assert_eq!(
+        *key,
+        FrontendKey::new(Ip4::from(std::net::Ipv4Addr::new(10, 96, 0, 10)), NetPort::new(80), 6)
+    );
+    assert_eq!((web.internal, web.internal.count), (web.external, 2));
+    assert_eq!((web.affinity, web.flags, web.kind), (10_800, 0, 1));
+    let slot = |index| state.slot4[&SlotKey { set: web.internal.id, index }];
+    let expect = |ip: [u8; 4], flags| Slot {
+        addr: Ip4::from(std::net::Ipv4Addr::from(ip)),
+        port: NetPort::new(8080),
+        flags,
+        ..Slot::default()
+    };
+    assert_eq!((slot(0), slot(1)), (expect([10, 42, 0, 5], Slot::<Ip4>::LOCAL), expect([10, 42, 1, 7], 0)));
+    let (key, dns) = state.front6.iter().next().expect("a frontend");
+    assert_eq!((key.port.get(), key.proto), (53, 17));
+    assert_eq!((dns.internal.count, dns.external), (1, Set::default()));
+    assert_eq!(dns.flags, maps::Frontend::EXTERNAL_DROP | maps::Frontend::MASQUERADE_ALWAYS);
+    assert_eq!((dns.affinity, dns.kind), (0, 2));
+    assert_ne!(
+        state.slot6[&SlotKey { set: dns.internal.id, index: 0 }].backend_id,
+        0,
+        "UDP has a liveness entry"
+    );
+    assert_eq!(super::names::read(&state.names[&web.service]), service("web"));
+    assert_eq!(super::names::read(&state.names[&dns.service]), service("dns"));
+    assert_eq!((state.slot4.len(), state.slot6.len(), state.names.len()), (2, 1, 2));
+    delete(&mut writer, tcp);
+    delete(&mut writer, udp);
+    let state = bpffs.state();
+    assert_eq!((state.front4.len(), state.front6.len(), state.slot4.len(), state.slot6.len()), (0, 0, 0, 0));
+    assert!(state.names.is_empty(), "names are released");
+}
+
+#[test]
+fn a_frontend_never_points_to_a_missing_slot() {
+    let bpffs = Bpffs::new();
+    let (mut writer, _) = bpffs.writer();
+    let web = at("10.96.0.10:80", Protocol::Tcp);
+    let many = |n: usize| {
+        let list = (0..n).map(|i| Endpoint {
+            addr: SocketAddr::new(
+                std::net::Ipv4Addr::new(10, 42, (i / 250) as u8, (i % 250) as u8).into(),
+                8080,
+            ),
+            local: true,
+        });
+        frontend("web", EndpointSet::Endpoints(list.collect()))
+    };
+    put(&mut writer, web, many(3));
+    let done = AtomicBool::new(false);
+    let tables = bpffs.tables();
+    let (looks, changes) = std::thread::scope(|scope| {
+        // What a program does: the frontend, a slot, and if that is gone both once more.
+        let reader = scope.spawn(|| {
+            let key = *bpffs.state().front4.keys().next().expect("the frontend");
+            let (mut looks, mut changes, mut last) = (0u64, 0u64, 0);
+            while !done.load(Relaxed) {
+                let value = tables.v4.frontends.get(&key, 0).expect("it is always there");
+                let set = value.internal;
+                assert_eq!(set, value.external);
+                for index in 0..set.count {
+                    if tables.v4.slots.get(&SlotKey { set: set.id, index }, 0).is_err() {
+                        let now = tables.v4.frontends.get(&key, 0).expect("it is always there").internal;
+                        assert_ne!(now, set, "slot {index} of the frontend's present set {set:?} is missing");
+                        break;
+                    }
+                    looks += 1;
+                }
+                changes += u64::from(last != set.id);
+                last = set.id;
+            }
+            (looks, changes)
+        });
+        for round in 0..400usize {
+            put(&mut writer, web, many(1 + round * 7 % 40));
+            if reader.is_finished() {
+                break;
+            }
+        }
+        done.store(true, Relaxed);
+        reader.join().expect("the reader saw no missing slot")
+    });
+    assert!(
+        looks > 100 && changes > 20,
+        "the reader saw {changes} changes and {looks} slots: too few to tell"
+    );
+    let state = bpffs.state();
+    let set = state.front4.values().next().expect("the frontend").internal;
+    assert!(state.slot4.keys().all(|k| k.set == set.id), "former sets are removed");
+    assert_eq!(state.slot4.len(), set.count as usize);
+}
+
+#[test]
+fn a_set_s_id_is_never_used_again() {
+    let bpffs = Bpffs::new();
+    let web = at("10.96.0.10:80", Protocol::Tcp);
+    let mut seen = BTreeSet::new();
+    for restart in 0..3 {
+        let (mut writer, _) = bpffs.writer();
+        for backend in ["10.42.0.5:1", "10.42.0.6:1", "10.42.0.5:1"] {
+            put(&mut writer, web, frontend("web", endpoints(&[backend])));
+            let id = bpffs.state().front4.values().next().expect("the frontend").internal.id;
+            let known = restart > 0 && backend == "10.42.0.5:1" && seen.last() == Some(&id);
+            assert!(seen.insert(id) || known, "{id} once more for {backend} after {restart} restarts");
+        }
+    }
+}
+
+#[test]
+fn frontends_of_one_service_port_share_a_set() {
+    let bpffs = Bpffs::new();
+    let (mut writer, _) = bpffs.writer();
+    let places = ["10.96.0.10:80", "192.168.0.1:30080", "192.168.0.2:30080"].map(|a| at(a, Protocol::Tcp));
+    for place in places {
+        put(&mut writer, place, frontend("web", endpoints(&["10.42.0.5:8080", "10.42.1.7:8080"])));
+    }
+    assert_eq!(bpffs.state().slot4.len(), 2);
+    delete(&mut writer, places[0]);
+    delete(&mut writer, places[1]);
+    let state = bpffs.state();
+    assert_eq!((state.slot4.len(), state.names.len()), (2, 1), "the last one still uses it");
+    delete(&mut writer, places[2]);
+    let state = bpffs.state();
+    assert_eq!((state.slot4.len(), state.names.len()), (0, 0));
+}
+
+#[test]
+fn the_same_again_writes_nothing() {
+    let bpffs = Bpffs::new();
+    let diff = Diff {
+        upserts: vec![
+            (
+                at("10.96.0.10:80", Protocol::Tcp),
+                frontend("web", endpoints(&["10.42.0.5:8080", "10.42.1.7:8080"])),
+            ),
+            (
+                at("10.96.0.10:53", Protocol::Udp),
+                frontend("dns", endpoints(&["10.42.0.5:53", "10.42.1.7:53"])),
+            ),
+            (at("[fd00:96::a]:53", Protocol::Udp), frontend("dns", endpoints(&["[fd00:42::5]:53"]))),
+            (at("10.96.0.11:80", Protocol::Tcp), frontend("none", EndpointSet::Reject)),
+            (at("10.96.0.12:80", Protocol::Tcp), frontend("none", EndpointSet::Drop)),
+        ],
+        deletes: vec![],
+    };
+    let (mut writer, _) = bpffs.writer();
+    writer.apply(&diff).expect("write");
+    let first = bpffs.state();
+    writer.apply(&diff).expect("write again");
+    assert_eq!(bpffs.state(), first);
+    drop(writer);
+    // An agent that was killed and started again, twice.
+    for _ in 0..2 {
+        let (mut writer, adopted) = bpffs.writer();
+        assert_eq!(adopted, diff.upserts.iter().map(|(at, _)| *at).collect());
+        assert_eq!(bpffs.state(), first, "adopting writes nothing");
+        writer.apply(&diff).expect("write after a restart");
+        assert_eq!(bpffs.state(), first, "the same ids, the same epochs");
+    }
+    // And it still knows what to delete.
+    let (mut writer, adopted) = bpffs.writer();
+    writer.apply(&Diff { upserts: vec![], deletes: adopted.into_iter().collect() }).expect("delete");
+    let state = bpffs.state();
+    assert_eq!((state.slot4.len(), state.slot6.len(), state.names.len()), (0, 0, 0));
+}
+
+#[test]
+fn sets_that_a_killed_agent_left_behind_are_removed() {
+    let bpffs = Bpffs::new();
+    let web = at("10.96.0.10:80", Protocol::Tcp);
+    let (mut writer, _) = bpffs.writer();
+    put(&mut writer, web, frontend("web", endpoints(&["10.42.0.5:8080"])));
+    drop(writer);
+    let before = bpffs.state();
+    let used = before.front4.values().next().expect("the frontend").internal.id;
+    // Killed before the frontend was flipped; two UDP backends among them.
+    let mut tables = bpffs.tables();
+    for index in 0..3 {
+        let slot = Slot { backend_id: index, ..Slot::<Ip4>::default() };
+        tables.v4.slots.insert(SlotKey { set: used + 5, index }, slot, 0).expect("a slot");
+    }
+    let (mut writer, _) = bpffs.writer();
+    let after = bpffs.state();
+    assert_eq!(after.slot4, before.slot4);
+    // Flows may have been entered from them: an epoch is not met again.
+    assert_eq!(after.epochs[..4], [0, 1, 1, 0]);
+    put(&mut writer, web, frontend("web", endpoints(&["10.42.0.6:8080"])));
+    let id = bpffs.state().front4.values().next().expect("the frontend").internal.id;
+    assert!(id > used + 5, "the id of a removed set is not used again");
+}
+
+#[test]
+fn a_set_that_was_half_removed_is_removed_wholly() {
+    let bpffs = Bpffs::new();
+    // Killed after the frontend was flipped, while the old set's slots were deleted.
+    let mut tables = bpffs.tables();
+    for index in 2..5 {
+        let slot = Slot::<Ip4>::default();
+        tables.v4.slots.insert(SlotKey { set: 7, index }, slot, 0).expect("a slot");
+    }
+    let _ = bpffs.writer();
+    assert_eq!(bpffs.state().slot4, HashMap::new());
+}
+
+#[test]
+fn an_epoch_is_raised_when_a_udp_backend_leaves_and_at_no_other_time() {
+    let bpffs = Bpffs::new();
+    let (dns, other) = (at("10.96.0.10:53", Protocol::Udp), at("192.168.0.1:30053", Protocol::Udp));
+    let tcp = at("10.96.0.10:53", Protocol::Tcp);
+    let (mut writer, _) = bpffs.writer();
+    let liveness = |addr: &str| {
+        let addr: SocketAddr = addr.parse().expect("an address");
+        let state = bpffs.state();
+        let mut found = state
+            .slot4
+            .values()
+            .filter(|s| SocketAddr::new(s.addr.into(), s.port.get()) == addr && s.backend_id != 0);
+        let slot = *found.next().expect("a slot of that backend");
+        assert!(found.all(|s| (s.backend_id, s.backend_epoch) == (slot.backend_id, slot.backend_epoch)));
+        (slot.backend_id, slot.backend_epoch, state.epochs[slot.backend_id as usize])
+    };
+    let sum = || bpffs.state().epochs.iter().sum::<u32>();
+    put(&mut writer, dns, frontend("dns", endpoints(&["10.42.0.5:53", "10.42.0.6:53"])));
+    put(&mut writer, other, frontend("dns", endpoints(&["10.42.0.5:53", "10.42.0.6:53"])));
+    put(&mut writer, tcp, frontend("dns-tcp", endpoints(&["10.42.0.5:53", "10.42.0.6:53"])));
+    let (five, six) = (liveness("10.42.0.5:53"), liveness("10.42.0.6:53"));
+    assert_ne!(five.0, six.0);
+    // One comes: nobody leaves.
+    put(&mut writer, dns, frontend("dns", endpoints(&["10.42.0.5:53", "10.42.0.6:53", "10.42.0.7:53"])));
+    assert_eq!((liveness("10.42.0.5:53"), liveness("10.42.0.6:53"), sum()), (five, six, 0));
+    // One leaves one frontend, and is still behind the other.
+    put(&mut writer, dns, frontend("dns", endpoints(&["10.42.0.6:53", "10.42.0.7:53"])));
+    assert_eq!((liveness("10.42.0.5:53"), sum()), (five, 0));
+    // It leaves that too.
+    put(&mut writer, other, frontend("dns", endpoints(&["10.42.0.6:53", "10.42.0.7:53"])));
+    assert_eq!(
+        (bpffs.state().epochs[five.0 as usize], sum(), liveness("10.42.0.6:53")),
+        (five.1 + 1, 1, six)
+    );
+    // A TCP backend has none.
+    put(&mut writer, tcp, frontend("dns-tcp", endpoints(&["10.42.0.6:53"])));
+    delete(&mut writer, tcp);
+    assert_eq!(sum(), 1);
+    // A restart in between flushes nothing.
+    drop(writer);
+    let (mut writer, _) = bpffs.writer();
+    assert_eq!((sum(), liveness("10.42.0.6:53")), (1, six));
+    // It comes back: its old flows' epoch is not met again.
+    put(&mut writer, dns, frontend("dns", endpoints(&["10.42.0.5:53", "10.42.0.6:53", "10.42.0.7:53"])));
+    let back = liveness("10.42.0.5:53");
+    assert_eq!(back.1, back.2, "it is alive");
+    assert_ne!((back.0, back.1), (five.0, five.1));
+    assert_eq!(sum(), 1);
+    // No endpoint left: all leave.
+    put(&mut writer, dns, frontend("dns", EndpointSet::Reject));
+    put(&mut writer, other, frontend("dns", EndpointSet::Drop));
+    assert_eq!(sum(), 4);
+}
