@@ -11,7 +11,8 @@ pub(super) const BACKEND_ID: u32 = 1;
 /// Its epoch.
 pub(super) const EPOCH: u32 = 7;
 
-const VIP: End = End(Who::Vip, 80);
+/// Where the established flows go. New ones go to other ports, so that none of them is one of these.
+const VIP: End = End(Who::Vip, 81);
 const BACKEND: End = End(Who::Backend, 8080);
 const OUTSIDE: End = End(Who::Outside, 443);
 
@@ -73,8 +74,9 @@ pub(super) fn all<A: Family>() -> Result<Vec<Case<A>>> {
         other("none of ours, TCP", "egress", On::Pod, OUTSIDE, client(40009))?,
         other("none of ours, the node's own", "egress", On::Uplink, node(40010), OUTSIDE)?,
         other("none of ours, pod to pod", "egress", On::Uplink, client(40011), BACKEND)?,
-        new("new flow: pod → ClusterIP", "ingress", On::Pod, VIP)?,
-        new("new flow: pod → outside", "egress", On::Uplink, OUTSIDE)?,
+        new("new flow: pod → ClusterIP", "ingress", On::Pod, End(Who::Vip, 80), 60_000)?,
+        // One destination has 20,000 ports to masquerade to.
+        new("new flow: pod → outside", "egress", On::Uplink, End(Who::Outside, 80), 8_000)?,
     ])
 }
 
@@ -119,10 +121,10 @@ fn other<A: Family>(name: &'static str, hook: &'static str, on: On, src: End, ds
     Ok(Case { name, hook, on, work: Work::Pass, packet, flows: Vec::new() })
 }
 
-/// A flow's first packet.
-fn new<A: Family>(name: &'static str, hook: &'static str, on: On, dst: End) -> Result<Case<A>> {
+/// The first packets of `count` flows.
+fn new<A: Family>(name: &'static str, hook: &'static str, on: On, dst: End, count: u32) -> Result<Case<A>> {
     let packet = packet::build::<A>(End(Who::Client, 1), dst, Transport::Syn, true)?;
-    Ok(Case { name, hook, on, work: Work::Fresh, packet, flows: Vec::new() })
+    Ok(Case { name, hook, on, work: Work::Fresh(count), packet, flows: Vec::new() })
 }
 
 /// A flow from a pod to a ClusterIP; nothing to masquerade.

@@ -45,12 +45,10 @@ enum Work {
     Pass,
     /// Rewrites it; the next repetition rewrites it back.
     Rewrite,
-    /// Enters a new flow and rewrites it.
-    Fresh,
+    /// Enters a new flow and rewrites it: that many in a turn, three entries each.
+    Fresh(u32),
 }
 
-/// Packets of new flows in a turn: all of them have to fit into the table, three entries each.
-const FRESH: u32 = 60_000;
 /// The index that the kernel gives every namespace's loopback device, which test packets come by.
 const LOOPBACK: u32 = 1;
 /// `TC_ACT_UNSPEC`.
@@ -155,10 +153,10 @@ impl Own {
     }
 
     /// Nanoseconds of `fresh` together with the program after it.
-    fn fresh_then(&mut self, next: &SchedClassifier, packet: &[u8]) -> Result<f64> {
+    fn fresh_then(&mut self, next: &SchedClassifier, packet: &[u8], count: u32) -> Result<f64> {
         let mut slot: ProgramArray<&mut MapData> = map(&mut self.0, "NEXT")?.try_into()?;
         slot.set(0, next.fd()?, 0)?;
-        time(self.program("fresh")?, packet, FRESH)
+        time(self.program("fresh")?, packet, count)
     }
 }
 
@@ -229,18 +227,18 @@ impl Loaded {
 
     fn measure<A: Family>(&mut self, own: &mut Own, case: &Case<A>, bare: f64, packets: u32) -> Result<f64> {
         self.device(case.on)?;
-        if case.work != Work::Fresh {
+        let Work::Fresh(count) = case.work else {
             return time(program(&self.0, case.hook)?, &case.packet, packets);
-        }
+        };
         let before = self.new_flows()?;
-        let both = own.fresh_then(program(&self.0, case.hook)?, &case.packet)?;
+        let both = own.fresh_then(program(&self.0, case.hook)?, &case.packet, count)?;
         let entered = self.new_flows()? - before;
-        ensure!(entered == u64::from(FRESH), "{}: {entered} of {FRESH} flows were entered", case.name);
+        ensure!(entered == u64::from(count), "{}: {entered} of {count} flows were entered", case.name);
         let Own(ebpf) = &own;
         let empty = program(ebpf, "empty")?.fd()?.try_clone()?;
         let mut slot: ProgramArray<&mut MapData> = map(&mut own.0, "NEXT")?.try_into()?;
         slot.set(0, &empty, 0)?;
-        Ok(both - time(own.program("fresh")?, &case.packet, FRESH)? + bare)
+        Ok(both - time(own.program("fresh")?, &case.packet, count)? + bare)
     }
 
     /// Sees to it that a case is what its name says: what is measured is the rewrite, not an early way out.
@@ -260,7 +258,7 @@ impl Loaded {
             && match case.work {
                 Work::Pass => !rewritten,
                 Work::Rewrite => rewritten && run(2)?.1 == case.packet,
-                Work::Fresh => rewritten,
+                Work::Fresh(_) => rewritten,
             };
         if !right {
             bail!(
