@@ -29,6 +29,8 @@ struct Held {
     udp: bool,
     v4: bool,
     frontends: usize,
+    /// One past the last slot: more than there are endpoints where a killed agent had begun to delete them.
+    slots: u32,
 }
 
 /// A UDP backend of a Service port. Flows remember id and epoch; when the last set without it is gone the epoch is
@@ -77,7 +79,8 @@ impl Sets {
                 .with_context(|| format!("write the endpoint {}", endpoint.addr))?;
         }
         self.by_content.insert(content, id);
-        let held = Held { service, endpoints: Arc::clone(endpoints), udp, v4: A::IS_V4, frontends: 1 };
+        let held =
+            Held { service, endpoints: Arc::clone(endpoints), udp, v4: A::IS_V4, frontends: 1, slots: count };
         self.by_id.insert(id, held);
         Ok(Set { id, count })
     }
@@ -175,7 +178,8 @@ impl Sets {
             if frontends > 0 {
                 self.by_content.insert((service, Arc::clone(&endpoints), udp), id);
             }
-            self.by_id.insert(id, Held { service, endpoints, udp, v4: A::IS_V4, frontends });
+            let end = slots.last().map_or(0, |(index, _)| index + 1);
+            self.by_id.insert(id, Held { service, endpoints, udp, v4: A::IS_V4, frontends, slots: end });
         }
         Ok(())
     }
@@ -186,7 +190,7 @@ impl Sets {
             .by_id
             .iter()
             .filter(|(_, held)| held.frontends == 0)
-            .map(|(id, held)| (Set { id: *id, count: held.endpoints.len() as u32 }, held.v4))
+            .map(|(id, held)| (Set { id: *id, count: held.slots }, held.v4))
             .collect();
         for (set, v4) in orphans {
             if v4 { self.release::<Ip4>(tables, set)? } else { self.release::<Ip6>(tables, set)? }
