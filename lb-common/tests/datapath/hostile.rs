@@ -19,19 +19,23 @@ fn mutated_packets_at_every_hook() {
         world.ports = (10_000, 10_003);
         for _ in 0..2_500 {
             let v6 = rng.one_in(2);
-            let before = bad(&mut rng, v6);
-            let device = rng.of(&[CLIENT, BACKEND, UPLINK, OVERLAY, 9]);
-            let hook = rng.of(&[Hook::Ingress, Hook::Egress]);
-            let mut frame = Frame::new(before.clone());
-            let action = world.run(device, hook, &mut frame);
-            if let Err(why) = check(hook, &before, &frame.bytes, action) {
-                panic!("seed {seed}: {why}");
+            let mut frame = Frame::new(bad(&mut rng, v6));
+            for hook in [Hook::Ingress, Hook::Egress] {
+                let device = rng.of(&[CLIENT, BACKEND, UPLINK, OVERLAY, 9]);
+                let before = frame.bytes.clone();
+                let action = world.run(device, hook, &mut frame);
+                if let Err(why) = check(hook, &before, &frame.bytes, action) {
+                    panic!("seed {seed}: {why}");
+                }
+                changed += u32::from(before != frame.bytes);
+                if action != Action::Pass {
+                    break;
+                }
             }
-            changed += u32::from(before != frame.bytes);
         }
         assert_eq!(world.counter(Reason::SlotMissing), 0);
     }
-    assert!(changed > 10_000, "only {changed} of 100,000 packets were rewritten: the corpus is too tame");
+    assert!(changed > 5_000, "only {changed} rewrites of 100,000 packets: the corpus is too tame");
 }
 
 proptest! {

@@ -1,0 +1,166 @@
+//! Every path of `docs/design.md` through the loaded programs.
+
+use crate::loaded::Loaded;
+use crate::support::build::{self, ACK, FIN, L4, PORT_UNREACHABLE, SYN, TIME_EXCEEDED, TOO_BIG};
+use crate::support::cluster::{BOTH, CLIENT, Net, UPLINK, serve, sock};
+use crate::support::frame::Frame;
+use crate::support::paths::{Runner as _, Talk, WAYS, Way, node, paths};
+use crate::support::world::{Action, Hook};
+use lb_common::datapath::Reason;
+use lb_common::maps::{Frontend, Side};
+
+fn talk(loaded: &mut Loaded, talk: &mut Talk<'_>) {
+    let first = talk.l4;
+    let mut send = |way, l4, data: &[u8]| {
+        if let Err(trouble) = talk.send(loaded, way, l4, data) {
+            panic!("{}", trouble.text);
+        }
+    };
+    send(Way::Forward, first, b"");
+    send(Way::Reply, first.answer(), b"");
+    let next = if first == L4::Tcp(SYN) { L4::Tcp(ACK) } else { first };
+    for data in [&b"x"[..], &[7; 1400]] {
+        send(Way::Forward, next, data);
+        send(Way::Reply, next.answer(), data);
+    }
+}
+
+#[test]
+fn every_hook_of_every_path_does_its_one_rewrite() {
+    let mut loaded = Loaded::new(&node());
+    let mut flows = 0;
+    for v6 in BOTH {
+        for (port, mut path) in (5000..).zip(paths(v6)) {
+            path.client.set_port(port);
+            for l4 in [L4::Tcp(SYN), L4::Udp, L4::EchoRequest].into_iter().take(if path.ping { 3 } else { 2 })
+            {
+                let mut conversation = Talk::new(&path, l4, false);
+                talk(&mut loaded, &mut conversation);
+                flows += 1;
+                let l4 = if l4 == L4::Tcp(SYN) { L4::Tcp(ACK) } else { l4 };
+                for way in WAYS {
+                    let quoted = if way == Way::Forward { l4 } else { l4.answer() };
+                    for error in [TOO_BIG, PORT_UNREACHABLE, TIME_EXCEEDED] {
+                        for (quote, router) in
+                            [(1000, None), (1000, Some(Net::of(v6).router)), (48, None), (28, None)]
+                        {
+                            let header = if v6 { 40 } else { 20 };
+                            let quote = quote.max(header + 8);
+                            if let Err(text) =
+                                conversation.error(&mut loaded, way, quoted, (error, quote, router))
+                            {
+                                panic!("{text}");
+                            }
+                        }
+                    }
+                }
+            }
+        }
+    }
+    for reason in Reason::ALL {
+        let expected = if reason == Reason::NewFlow { flows } else { 0 };
+        assert_eq!(loaded.counter(reason), expected, "{reason:?}");
+    }
+}
+
+#[test]
+fn a_lost_entry_is_made_again() {
+    for v6 in BOTH {
+        for path in paths(v6) {
+            for l4 in [L4::Tcp(SYN), L4::Udp] {
+                let next = if l4 == L4::Tcp(SYN) { L4::Tcp(ACK) } else { l4 };
+                for side in [Side::Front, Side::Forward, Side::Reply] {
+                    let mut loaded = Loaded::new(&node());
+                    let mut conversation = Talk::new(&path, l4, false);
+                    talk(&mut loaded, &mut conversation);
+                    let lost = if v6 {
+                        let key = loaded.flows6().into_iter().find(|(_, f)| f.side == side as u8);
+                        key.map(|(key, _)| loaded.lose6(&key))
+                    } else {
+                        let key = loaded.flows4().into_iter().find(|(_, f)| f.side == side as u8);
+                        key.map(|(key, _)| loaded.lose4(&key))
+                    };
+                    assert!(lost.is_some() || path.vip == path.backend, "{}: no {side:?}", path.name);
+                    for way in [Way::Reply, Way::Forward, Way::Reply] {
+                        if let Err(trouble) = conversation.send(&mut loaded, way, next, b"data") {
+                            panic!("{side:?} lost: {}", trouble.text);
+                        }
+                    }
+                }
+            }
+        }
+    }
+}
+
+#[test]
+fn without_endpoints() {
+    let mut world = node();
+    for v6 in BOTH {
+        let n = Net::of(v6);
+        for proto in [6, 17] {
+            serve(&mut world, proto, sock(n.vip, 90), &[]);
+            let flags = Frontend::INTERNAL_DROP | Frontend::EXTERNAL_DROP;
+            world.frontend(proto, sock(n.vip, 91), Frontend { flags, ..Default::default() });
+        }
+    }
+    let mut loaded = Loaded::new(&world);
+    for v6 in BOTH {
+        let n = Net::of(v6);
+        let (client, vip) = (sock(n.outside, 5000), sock(n.vip, 90));
+        for device in [CLIENT, UPLINK] {
+            for data in [&b""[..], b"x", &[7; 1200]] {
+                let mut syn = Frame::new(build::packet(client, vip, L4::Tcp(SYN), data));
+                assert_eq!(loaded.run(device, Hook::Ingress, &mut syn), Action::Reply);
+                assert_eq!(syn.bytes, build::reset(vip, client, 0x0102_0305));
+                let udp = build::packet(client, vip, L4::Udp, data);
+                let mut frame = Frame::new(udp.clone());
+                assert_eq!(loaded.run(device, Hook::Ingress, &mut frame), Action::Reply);
+                let header = if v6 { 40 } else { 20 };
+                let quoted = &udp[build::ETH..build::ETH + header + 8];
+                assert_eq!(frame.bytes, build::refusal(vip.ip(), client.ip(), quoted));
+                for l4 in [L4::Tcp(SYN), L4::Udp] {
+                    let mut frame = Frame::new(build::packet(client, sock(n.vip, 91), l4, data));
+                    assert_eq!(loaded.run(device, Hook::Ingress, &mut frame), Action::Drop);
+                }
+            }
+        }
+    }
+    assert_eq!(loaded.counter(Reason::NoEndpoint), 24);
+    assert_eq!(loaded.counter(Reason::NoLocalEndpoint), 24);
+}
+
+#[test]
+fn a_udp_flow_leaves_a_backend_that_is_gone_and_a_closed_port_starts_again() {
+    let mut world = node();
+    let n = Net::of(true);
+    let (client, vip) = (sock(n.pod, 5000), sock(n.vip, 95));
+    for proto in [6, 17] {
+        serve(&mut world, proto, vip, &[(sock(n.far, 9090), false)]);
+        let set = world.set(&[(sock(n.near, 9090), true, if proto == 17 { 9 } else { 0 })]);
+        world.frontend(
+            proto,
+            sock(n.vip, 96),
+            Frontend { internal: set, external: set, ..Default::default() },
+        );
+    }
+    let mut loaded = Loaded::new(&world);
+    let send = |loaded: &mut Loaded, l4| {
+        let mut frame = Frame::new(build::packet(client, sock(n.vip, 96), l4, b""));
+        assert_eq!(loaded.run(CLIENT, Hook::Ingress, &mut frame), Action::Pass);
+        assert_eq!(frame.bytes, build::packet(client, sock(n.near, 9090), l4, b""));
+    };
+    send(&mut loaded, L4::Udp);
+    loaded.set_epoch(9, 1);
+    // The slot is as old as the flow: it is chosen again, and again left.
+    send(&mut loaded, L4::Udp);
+    send(&mut loaded, L4::Udp);
+    assert_eq!(loaded.counter(Reason::BackendGone), 2);
+    assert_eq!(loaded.counter(Reason::NewFlow), 3);
+    send(&mut loaded, L4::Tcp(SYN));
+    send(&mut loaded, L4::Tcp(SYN));
+    assert_eq!(loaded.counter(Reason::NewFlow), 4);
+    send(&mut loaded, L4::Tcp(FIN | ACK));
+    send(&mut loaded, L4::Tcp(ACK));
+    send(&mut loaded, L4::Tcp(SYN));
+    assert_eq!(loaded.counter(Reason::NewFlow), 5);
+}
