@@ -19,7 +19,7 @@ impl Frame {
 
     /// As the helpers see a checksum: at an even offset, whole.
     fn checksum(&mut self, offset: usize) -> Result<&mut [u8], Reason> {
-        if offset % 2 != 0 || offset > 0xffff {
+        if !offset.is_multiple_of(2) || offset > 0xffff {
             return Err(Reason::Malformed);
         }
         self.bytes.get_mut(offset..offset + 2).ok_or(Reason::Malformed)

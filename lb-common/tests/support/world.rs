@@ -35,12 +35,15 @@ pub(crate) trait Fam: Wire + Hash + Into<IpAddr> {
     fn of_mut(world: &mut World) -> &mut Family<Self>;
 }
 
+/// A flow entry: it stays where it is while the table grows, and programs write to it in place.
+type Entry<A> = Box<UnsafeCell<Flow<A>>>;
+
 /// One family's tables.
 #[derive(Default)]
 pub(crate) struct Family<A> {
-    flows: RefCell<HashMap<FlowKey<A>, Box<UnsafeCell<Flow<A>>>>>,
+    flows: RefCell<HashMap<FlowKey<A>, Entry<A>>>,
     /// Entries that were removed while a program runs: RCU keeps them readable.
-    removed: RefCell<Vec<Box<UnsafeCell<Flow<A>>>>>,
+    removed: RefCell<Vec<Entry<A>>>,
     pub(crate) frontends: HashMap<FrontendKey<A>, Frontend>,
     pub(crate) slots: HashMap<SlotKey, Slot<A>>,
     pub(crate) cidrs: Vec<(A, u8, u32)>,
