@@ -83,7 +83,7 @@ pub fn cargo() -> Command {
 
 /// The workspace's root, where this tool was built.
 pub fn workspace() -> &'static Path {
-    Path::new(concat!(env!("CARGO_MANIFEST_DIR"), "/.."))
+    Path::new(env!("CARGO_MANIFEST_DIR")).parent().expect("a member's directory is in the workspace's")
 }
 
 #[cfg(test)]

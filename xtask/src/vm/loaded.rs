@@ -66,7 +66,7 @@ fn has_clsact() -> Result<bool> {
 }
 
 /// `6.12.117+deb12-cloud-amd64` is 6.12.
-fn version(release: &str) -> Option<(u32, u32)> {
+pub(super) fn version(release: &str) -> Option<(u32, u32)> {
     let mut numbers = release.split(['.', '-']).map(str::parse);
     Some((numbers.next()?.ok()?, numbers.next()?.ok()?))
 }
