@@ -6,8 +6,6 @@
 use super::tables::{Family, NodeAddr, Tables};
 use anyhow::Result;
 use lb_common::addr::Ip4;
-#[cfg(test)]
-use lb_common::addr::Ip6;
 use lb_common::maps::{Flow, FlowKey, Side};
 use nix::time::{ClockId, clock_gettime};
 use std::time::Duration;
@@ -82,7 +80,7 @@ impl Sweeper {
         let mut round = 0u32;
         loop {
             tokio::time::sleep(EVERY).await;
-            let orphans = round % ORPHANS_EVERY == 0;
+            let orphans = round.is_multiple_of(ORPHANS_EVERY);
             round = round.wrapping_add(1);
             let now = monotonic_seconds();
             let swept = sweep(&mut self.tables.v4, &self.timeouts, now, orphans)
@@ -195,6 +193,7 @@ fn entries<A: NodeAddr>(flow: &Flow<A>) -> [Option<FlowKey<A>>; 4] {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use lb_common::addr::Ip6;
 
     fn flow(proto: u8, state: u8, last_seen: u32) -> Flow<Ip6> {
         Flow { proto, state, last_seen, side: Side::Forward as u8, ..Flow::default() }
