@@ -5,7 +5,7 @@ use std::io::{self, BufRead, Read, Write};
 use std::net::{SocketAddr, TcpListener, TcpStream};
 use std::time::Instant;
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result, bail, ensure};
 use nix::sys::socket::{setsockopt, sockopt};
 
 use super::pin;
@@ -101,9 +101,9 @@ fn connections(times: &mut [u32], to: &[SocketAddr]) -> Result<()> {
         let start = Instant::now();
         let mut stream = TcpStream::connect(to).with_context(|| format!("connecting to {to}"))?;
         stream.write_all(&[LAST])?;
-        let mut byte = [0; 2];
-        stream.read_exact(&mut byte[..1]).with_context(|| format!("no answer from {to}"))?;
-        stream.read(&mut byte)?;
+        let mut byte = [0];
+        stream.read_exact(&mut byte).with_context(|| format!("no answer from {to}"))?;
+        ensure!(stream.read(&mut byte)? == 0, "{to} says more than it was asked");
         drop(stream);
         *time = nanos(start);
     }
