@@ -104,16 +104,16 @@ impl Report {
         for c in &self.compared {
             let _ = writeln!(
                 out,
-                "- {}, {} Services: ours takes {} of iptables' p50: **{}**",
+                "- {}, {}: ours takes {} of iptables' p50: **{}**",
                 c.load.name(),
-                c.services,
+                counted(c.services),
                 ratio(c.ratio),
                 c.verdict.name(),
             );
         }
         let _ = writeln!(out, "\n## Until a node serves all Services, from nothing\n");
         for p in &self.programming {
-            let _ = writeln!(out, "- {} Services, {}: {:.2} s", p.services, p.mode.name(), p.seconds);
+            let _ = writeln!(out, "- {}, {}: {:.2} s", counted(p.services), p.mode.name(), p.seconds);
         }
         let _ = writeln!(out);
     }
@@ -137,6 +137,10 @@ impl Report {
         }
         table.render(out);
     }
+}
+
+fn counted(services: usize) -> String {
+    format!("{services} {}", if services == 1 { "Service" } else { "Services" })
 }
 
 fn ratio(spread: Spread) -> String {
