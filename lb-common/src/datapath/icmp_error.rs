@@ -63,7 +63,10 @@ fn translate<A: Wire, P: Packet, K: Tables<A>>(
         }
         _ => return Verdict::Pass,
     };
-    done(apply(packet, outer, &quoted, at, until, end, new))
+    // To a masqueraded flow the whole error belongs, whoever sent it: its sender may be on no way that the receiver's
+    // reverse path filter accepts. (netfilter does the same.)
+    let always = matches!(end, End::Source) && flow.side == Side::Forward as u8;
+    done(apply(packet, outer, &quoted, (at, until), (end, always), new))
 }
 
 #[inline(always)]
@@ -71,9 +74,8 @@ fn apply<A: Wire, P: Packet>(
     packet: &mut P,
     outer: &Headers<A>,
     quoted: &Headers<A>,
-    at: usize,
-    until: usize,
-    end: End,
+    (at, until): (usize, usize),
+    (end, always): (End, bool),
     (addr, port): (A, NetPort),
 ) -> Result<(), Reason> {
     let opposite = match end {
@@ -108,7 +110,7 @@ fn apply<A: Wire, P: Packet>(
         Covered { pseudo_header: false, zero_is_none: false },
     )?;
     let (outer_addr, outer_port) = end.of(outer);
-    if outer_addr == old_addr {
+    if always || outer_addr == old_addr {
         rewrite(packet, outer, end, addr, outer_port)?;
     }
     Ok(())

@@ -73,8 +73,19 @@ fn known<A: Addr, K: Tables<A>>(
             // An echo's identifier is the source port of the request and the destination port of the reply.
             Some((flow.client, flow.client_port))
         }
-        // Entries of the egress hook. Direct traffic, or our own on its way through.
-        Some(Side::Forward | Side::Reply) | None => None,
+        Some(Side::Forward) => {
+            // Direct to a backend, with the port of a connection through a Service that is over: its entries must not
+            // translate this one's replies.
+            if flow.flags & Flow::<A>::DNAT != 0
+                && flow.state & Flow::<A>::CLOSING != 0
+                && headers.starts_flow()
+            {
+                forget(kernel, flow);
+            }
+            None
+        }
+        // An entry of the egress hook: a backend's reply on its way through.
+        Some(Side::Reply) | None => None,
     }
 }
 

@@ -114,6 +114,25 @@ fn a_closed_connection_s_port_starts_a_new_flow() {
 }
 
 #[test]
+fn a_direct_connection_is_not_taken_for_the_one_through_the_service_that_is_over() {
+    for v6 in BOTH {
+        let n = Net::of(v6);
+        let (client, vip, backend) = (sock(n.pod, 5000), sock(n.vip, 80), sock(n.near, 8080));
+        let mut world = cluster();
+        serve(&mut world, 6, vip, &[(backend, true)]);
+        assert_eq!(chosen(&world, client, vip, L4::Tcp(SYN)), backend);
+        // The backend's device is where the client's end of the connection is seen.
+        let leaves =
+            |flags| pass(&world, BACKEND, Hook::Egress, client, backend, L4::Tcp(flags)).map(|(src, _)| src);
+        assert_eq!(leaves(SYN), Some(client));
+        assert_eq!(leaves(FIN | ACK), Some(client));
+        assert_eq!(chosen(&world, client, backend, L4::Tcp(SYN)), backend);
+        let left = if v6 { world.v6.flows().len() } else { world.v4.flows().len() };
+        assert_eq!(left, 0, "nothing translates the direct connection's replies");
+    }
+}
+
+#[test]
 fn a_udp_flow_leaves_a_backend_that_is_gone_and_a_tcp_flow_stays() {
     for v6 in BOTH {
         let n = Net::of(v6);

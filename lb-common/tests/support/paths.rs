@@ -257,21 +257,25 @@ impl<'a> Talk<'a> {
         runner: &mut impl Runner,
         quoted_way: Way,
         l4: L4,
-        (error, quote, router): (Error, usize, Option<IpAddr>),
+        (error, quote, mut router): (Error, usize, Option<IpAddr>),
     ) -> Result<(), String> {
         let way = if quoted_way == Way::Forward { Way::Reply } else { Way::Forward };
         let (mut src, mut dst, hops) = self.start(way);
-        let build = |src: SocketAddr, dst: SocketAddr| {
+        let build = |src: SocketAddr, dst: SocketAddr, router: Option<IpAddr>| {
             // What is quoted went from where the error goes to.
             let quoted = build::packet(dst, src, l4, b"a quoted packet of some length");
             let quoted = &quoted[build::ETH..];
             build::error(router.unwrap_or(src.ip()), dst.ip(), error, &quoted[..quote.min(quoted.len())])
         };
-        let mut frame = Frame::new(build(src, dst));
+        let mut frame = Frame::new(build(src, dst, router));
         for &(device, hook, change) in hops {
             let action = runner.run(device, hook, &mut frame);
             (src, dst) = self.change(change, (src, dst));
-            let expected = build(src, dst);
+            // A masqueraded flow's errors come from the masquerade address, whoever sent them.
+            if matches!(change, Change::ToMasq(_)) {
+                router = None;
+            }
+            let expected = build(src, dst, router);
             if action != Action::Pass || frame.bytes != expected {
                 let at = self.at(device, hook, &(quoted_way, error, quote, action));
                 return Err(format!("{at}\n  got      {:02x?}\n  expected {expected:02x?}", frame.bytes));
