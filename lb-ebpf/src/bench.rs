@@ -21,14 +21,14 @@ mod programs {
 
     /// Does nothing.
     #[classifier]
-    pub fn empty(_: TcContext) -> i32 {
+    pub(crate) fn empty(_: TcContext) -> i32 {
         TC_ACT_UNSPEC
     }
 
     /// Restores the headers from their copy, counts source port (32768 up) and address (last byte) on, and hands the
     /// packet to the program in [`NEXT`].
     #[classifier]
-    pub fn fresh(ctx: TcContext) -> i32 {
+    pub(crate) fn fresh(ctx: TcContext) -> i32 {
         let data = ctx.data();
         if data + 2 * HEADERS > ctx.data_end() {
             return TC_ACT_SHOT;

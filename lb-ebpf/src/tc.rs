@@ -23,13 +23,13 @@ use lb_common::maps::{Addr, Device, Flow, FlowKey, Frontend, FrontendKey, Slot, 
 
 /// Destinations.
 #[classifier]
-pub fn ingress(ctx: TcContext) -> i32 {
+pub(crate) fn ingress(ctx: TcContext) -> i32 {
     run(&ctx, Hook::Ingress)
 }
 
 /// Sources.
 #[classifier]
-pub fn egress(ctx: TcContext) -> i32 {
+pub(crate) fn egress(ctx: TcContext) -> i32 {
     run(&ctx, Hook::Egress)
 }
 
