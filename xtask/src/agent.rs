@@ -14,8 +14,11 @@ use nix::unistd::Pid;
 use crate::lab::{CLUSTER_CIDR, Host};
 use crate::system::workspace;
 
-/// Where `/healthz` answers inside a node.
-const HEALTHZ: &str = "127.0.0.1:10256";
+/// Where `/metrics` answers inside a node.
+const METRICS: &str = "127.0.0.1:10249";
+
+/// When the agent last wrote all that it knew, zero for never.
+const WRITTEN: &str = "kubeproxy_sync_proxy_rules_last_timestamp_seconds";
 
 /// Builds `lb-agent` as this program was built and returns its path.
 ///
@@ -42,25 +45,41 @@ pub struct Agent {
 }
 
 impl Agent {
-    /// Starts `lb-agent run` on a node, with the node's own bpffs and cgroup and the lab's pod networks, and `flags`
-    /// after those. Its output is added to [`log_path`].
+    /// `lb-agent run` on a node, with the node's own bpffs and cgroup and the lab's pod networks: what to serve is for
+    /// the caller to add.
+    pub fn command(exe: &Path, node: &Host) -> Command {
+        let mut command = node.command(exe);
+        command.arg("run").args(["--hostname-override", node.name()]);
+        command.arg("--bpffs").arg(node.bpffs_dir()).arg("--cgroup").arg(node.cgroup_dir());
+        command.args(["--cluster-cidr", CLUSTER_CIDR, "--healthz-bind-address", "0.0.0.0:10256"]);
+        command.args(["--metrics-bind-address", "127.0.0.1:10249"]).env("RUST_LOG", "info");
+        command.stdin(Stdio::null());
+        command
+    }
+
+    /// Starts `lb-agent run` on a node with these manifests, and `flags` after the others. Its output is added to
+    /// [`log_path`].
     ///
     /// # Errors
     /// If the program cannot be started.
     pub fn start(exe: &Path, node: &Host, manifests: &Path, flags: &[&str]) -> Result<Self> {
+        let mut command = Self::command(exe, node);
+        command.arg("--manifests").arg(manifests).args(flags);
+        Self::spawn(command, node)
+    }
+
+    /// Starts what [`Self::command`] began.
+    ///
+    /// # Errors
+    /// If the program cannot be started.
+    pub fn spawn(mut command: Command, node: &Host) -> Result<Self> {
         let log = File::options().create(true).append(true).open(log_path(node))?;
-        let mut command = node.command(exe);
-        command.arg("run").arg("--manifests").arg(manifests).args(["--hostname-override", node.name()]);
-        command.arg("--bpffs").arg(node.bpffs_dir()).arg("--cgroup").arg(node.cgroup_dir());
-        command.args(["--cluster-cidr", CLUSTER_CIDR, "--healthz-bind-address", "0.0.0.0:10256"]);
-        command.args(["--metrics-bind-address", "127.0.0.1:10249"]).args(flags);
-        command.env("RUST_LOG", "info").stdin(Stdio::null()).stdout(log.try_clone()?).stderr(log);
-        let child =
-            command.spawn().with_context(|| format!("starting {} on {}", exe.display(), node.name()))?;
+        command.stdout(log.try_clone()?).stderr(log);
+        let child = command.spawn().with_context(|| format!("starting lb-agent on {}", node.name()))?;
         Ok(Self { child, node: node.clone() })
     }
 
-    /// Waits until `/healthz` says 200: everything known has been written to the kernel.
+    /// Waits until programs are attached and everything known has been written to the kernel.
     ///
     /// # Errors
     /// If the agent ends, or is not ready in time; the end of its log is part of the message.
@@ -70,7 +89,7 @@ impl Agent {
             if let Some(status) = self.child.try_wait()? {
                 bail!("lb-agent on {} ended: {status}\n{}", self.node.name(), log_tail(&self.node));
             }
-            if self.node.run_in(healthz_says_ok)? {
+            if self.node.run_in(has_written)? {
                 return Ok(());
             }
             if Instant::now() > deadline {
@@ -129,14 +148,19 @@ pub fn log_tail(node: &Host) -> String {
     lines[lines.len().saturating_sub(15)..].iter().map(|l| format!("  {}: {l}\n", node.name())).collect()
 }
 
-fn healthz_says_ok() -> bool {
-    let ask = || -> std::io::Result<bool> {
-        let mut stream = TcpStream::connect(HEALTHZ)?;
+/// `/healthz` says yes while the agent starts, as kube-proxy's does. The metrics say whether it has.
+fn has_written() -> bool {
+    let ask = || -> std::io::Result<String> {
+        let mut stream = TcpStream::connect(METRICS)?;
         stream.set_read_timeout(Some(Duration::from_secs(1)))?;
-        stream.write_all(b"GET /healthz HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n")?;
-        let mut answer = [0; 16];
-        stream.read_exact(&mut answer)?;
-        Ok(answer.starts_with(b"HTTP/1.1 200"))
+        stream.write_all(b"GET /metrics HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n")?;
+        let mut answer = String::new();
+        stream.read_to_string(&mut answer)?;
+        Ok(answer)
     };
-    ask().unwrap_or(false)
+    let last = |text: &str| {
+        let value = text.lines().find_map(|line| line.strip_prefix(WRITTEN))?;
+        value.rsplit(' ').next()?.parse::<f64>().ok()
+    };
+    ask().is_ok_and(|text| last(&text).is_some_and(|time| time > 0.0))
 }

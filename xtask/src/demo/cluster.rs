@@ -2,7 +2,7 @@
 
 use std::fs;
 use std::net::{IpAddr, SocketAddr};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use anyhow::{Context, Result};
@@ -62,7 +62,14 @@ impl Cluster {
     /// # Errors
     /// If something does not start; with the agents' last words.
     pub fn start(exe: PathBuf, reaper: bool) -> Result<Self> {
-        let lab = Lab::builder("demo").pods(3).reaper(reaper).build().context("starting the lab")?;
+        Self::on(Lab::builder("demo").pods(3).reaper(reaper).build().context("starting the lab")?, exe)
+    }
+
+    /// As [`Self::start`], in a lab that has three pods on each node.
+    ///
+    /// # Errors
+    /// If something does not start; with the agents' last words.
+    pub fn on(lab: Lab, exe: PathBuf) -> Result<Self> {
         let mut servers = Vec::new();
         for app in &APPS {
             let serve = Serve { name: app.name.into(), tcp: vec![app.tcp], udp: Vec::from_iter(app.udp) };
@@ -78,7 +85,7 @@ impl Cluster {
         }
         let mut cluster = Self { exe, manifests, agents: vec![None, None], servers, lab };
         for node in 0..2 {
-            cluster.start_agent(node, true)?;
+            cluster.spawn_agent(node, &[])?;
         }
         for agent in cluster.agents.iter_mut().flatten() {
             agent.wait_healthy(PATIENCE)?;
@@ -86,23 +93,50 @@ impl Cluster {
         Ok(cluster)
     }
 
-    fn start_agent(&mut self, node: usize, masquerade: bool) -> Result<()> {
-        let flag = format!("--masquerade={masquerade}");
-        let agent = Agent::start(&self.exe, self.lab.node(node), &self.manifests, &[&flag])?;
-        self.agents[node] = Some(agent);
+    fn spawn_agent(&mut self, node: usize, flags: &[&str]) -> Result<()> {
+        self.agents[node] = Some(Agent::start(&self.exe, self.lab.node(node), &self.manifests, flags)?);
         Ok(())
     }
 
-    /// Stops a node's agent and starts it again with masquerading on or off.
+    /// Starts a node's agent, with these flags besides the usual ones, and waits until it is ready.
+    ///
+    /// # Errors
+    /// If it does not become ready.
+    pub fn start_agent(&mut self, node: usize, flags: &[&str]) -> Result<()> {
+        self.spawn_agent(node, flags)?;
+        self.agents[node].as_mut().map_or(Ok(()), |agent| agent.wait_healthy(PATIENCE))
+    }
+
+    /// Asks a node's agent to end, and waits until it has.
+    ///
+    /// # Errors
+    /// If it does not end.
+    pub fn stop_agent(&mut self, node: usize) -> Result<()> {
+        self.agents[node].take().map_or(Ok(()), Agent::stop)
+    }
+
+    /// Kills a node's agent.
+    pub fn kill_agent(&mut self, node: usize) {
+        drop(self.agents[node].take());
+    }
+
+    /// Stops a node's agent and starts it again with these flags.
     ///
     /// # Errors
     /// If it does not end, or does not become ready.
-    pub fn restart_agent(&mut self, node: usize, masquerade: bool) -> Result<()> {
-        if let Some(agent) = self.agents[node].take() {
-            agent.stop()?;
-        }
-        self.start_agent(node, masquerade)?;
-        self.agents[node].as_mut().map_or(Ok(()), |agent| agent.wait_healthy(PATIENCE))
+    pub fn restart_agent(&mut self, node: usize, flags: &[&str]) -> Result<()> {
+        self.stop_agent(node)?;
+        self.start_agent(node, flags)
+    }
+
+    /// The program that the agents run.
+    pub fn agent_exe(&self) -> &Path {
+        &self.exe
+    }
+
+    /// The directory of manifests that both agents serve.
+    pub fn manifests(&self) -> &Path {
+        &self.manifests
     }
 
     /// The lab.
@@ -115,15 +149,32 @@ impl Cluster {
     /// # Errors
     /// If the file cannot be written.
     pub fn web_without(&self, gone: &[Host]) -> Result<()> {
-        let (file, text) = MANIFESTS[1];
+        self.without("web.yaml", gone)
+    }
+
+    /// Rewrites one of the manifests without the endpoints of `gone` pods; without any, as it was.
+    ///
+    /// # Errors
+    /// If there is no such file, or it cannot be written.
+    pub fn without(&self, file: &str, gone: &[Host]) -> Result<()> {
+        let known = MANIFESTS.iter().find(|(name, _)| *name == file);
+        let (_, text) = known.with_context(|| format!("{file} is none of the demo's manifests"))?;
         let of_gone = |line: &str| {
             let names =
                 |ip: IpAddr| line.contains(&format!("[{ip}]")) || line.contains(&format!("[\"{ip}\"]"));
             gone.iter().flat_map(Host::ips).any(names)
         };
         let text: String = text.split_inclusive('\n').filter(|line| !of_gone(line)).collect();
+        self.write(file, &text)
+    }
+
+    /// Writes a manifest.
+    ///
+    /// # Errors
+    /// If the file cannot be written.
+    pub fn write(&self, file: &str, text: &str) -> Result<()> {
         // Written aside and renamed, so that nobody reads half of it.
-        let aside = self.manifests.join(".web.tmp");
+        let aside = self.manifests.join(format!(".{file}.tmp"));
         fs::write(&aside, text)?;
         Ok(fs::rename(aside, self.manifests.join(file))?)
     }
@@ -154,7 +205,7 @@ impl Cluster {
 }
 
 /// A Service's addresses as the manifests have them: (IPv4, IPv6) and a port.
-pub(super) fn vip(v4: &str, v6: &str, port: u16) -> [SocketAddr; 2] {
+pub fn vip(v4: &str, v6: &str, port: u16) -> [SocketAddr; 2] {
     [v4, v6].map(|ip| SocketAddr::new(ip.parse().unwrap_or(IpAddr::from([0, 0, 0, 0])), port))
 }
 

@@ -19,7 +19,7 @@ pub(super) fn masquerade(cluster: &mut Cluster, report: &mut Report) -> Result<(
         "n1's agent is restarted with --masquerade=false. Its pods lose the outside, and nothing else.",
     );
     for on in [false, true] {
-        cluster.restart_agent(0, on)?;
+        cluster.restart_agent(0, &[if on { "--masquerade=true" } else { "--masquerade=false" }])?;
         let lab = cluster.lab();
         let (pod, label) = (lab.pod(0, 2), if on { "on" } else { "off" });
         for (to, node) in lab.inet().at(8080).into_iter().zip(lab.node(0).ips()) {

@@ -14,7 +14,7 @@ use anyhow::{Context, Result, ensure};
 use crate::agent;
 
 pub use check::{Action, Check, Expect, Seen};
-pub use cluster::Cluster;
+pub use cluster::{Cluster, vip};
 pub use paths::{Path, paths};
 use report::Report;
 

@@ -1,0 +1,12 @@
+//! The built `lb-agent` as a black box: real sockets, real devices, a lab for each test.
+
+mod api;
+mod churn;
+mod devices;
+mod endpoints;
+mod hostile;
+mod manifests;
+mod paths;
+mod refusals;
+mod restart;
+mod support;
