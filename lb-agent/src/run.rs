@@ -17,6 +17,7 @@ use crate::sync;
 use anyhow::{Context as _, Result, anyhow};
 use lb_common::datapath::Reason;
 use std::fs::File;
+use std::path::PathBuf;
 use std::sync::Mutex;
 use std::time::Duration;
 use tokio::signal::unix::{SignalKind, signal};
@@ -32,7 +33,8 @@ const LOG_EVERY: Duration = Duration::from_millis(100);
 /// If it cannot start, or cannot go on.
 pub async fn run(args: RunArgs) -> Result<()> {
     let node_name = args.node_name().map_err(|e| anyhow!(e))?;
-    let source = args.source().map_err(|e| anyhow!(e))?;
+    // Before anything is changed: an agent that has nothing to serve must not replace one that had.
+    let source = Source::open(args.source().map_err(|e| anyhow!(e))?).await?;
     let features = Features::probe()?;
     let pins = Pins::prepare(&args.bpffs)?;
     let _only_one = lock(&pins)?;
@@ -60,7 +62,7 @@ pub async fn run(args: RunArgs) -> Result<()> {
     let (events, receiver) = mpsc::channel(source::QUEUE);
     let devices = devices(&args, ebpf, pins.clone(), features, events.clone())?;
     let sweeper = Sweeper::new(Tables::open(&pins)?);
-    let source = start_source(source, node_name, events).await?;
+    let source = source.start(node_name, events);
     let sync = tokio::spawn(sync::run(args.desired(), receiver, writer, health, metrics));
 
     let (mut terminate, mut interrupt) = (signal(SignalKind::terminate())?, signal(SignalKind::interrupt())?);
@@ -130,25 +132,43 @@ fn devices(
     Ok(tokio::spawn(devices.run(sender)))
 }
 
-async fn start_source(source: SourceArgs, node_name: String, events: source::Sender) -> Result<Task> {
-    use source::kube::{Access, Scope};
-    let (access, master) = match &source {
-        SourceArgs::Manifests(dir) => {
-            let dir = dir.clone();
-            info!("serving the manifests in {}", dir.display());
-            return Ok(tokio::spawn(async move {
-                source::manifests::run(&dir, &node_name, events).await.context("read the manifests")
-            }));
+/// A source that can be reached as far as can be told from here.
+enum Source {
+    Manifests(PathBuf),
+    Cluster(kube::Client),
+}
+
+impl Source {
+    async fn open(source: SourceArgs) -> Result<Self> {
+        use source::kube::Access;
+        let (access, master) = match &source {
+            SourceArgs::Manifests(dir) => {
+                let listed = std::fs::read_dir(dir);
+                listed.with_context(|| format!("read the manifests in {} (--manifests)", dir.display()))?;
+                return Ok(Self::Manifests(dir.clone()));
+            }
+            SourceArgs::Kubeconfig(path, master) => (Access::Kubeconfig(path), master.as_deref()),
+            SourceArgs::InCluster(master) => (Access::InCluster, master.as_deref()),
+            SourceArgs::Master(master) => (Access::Anonymous, Some(master.as_str())),
+        };
+        let client = source::kube::client(access, master).await;
+        client.context("set up access to the API server").map(Self::Cluster)
+    }
+
+    fn start(self, node_name: String, events: source::Sender) -> Task {
+        match self {
+            Self::Manifests(dir) => {
+                info!("serving the manifests in {}", dir.display());
+                tokio::spawn(async move {
+                    source::manifests::run(&dir, &node_name, events).await.context("read the manifests")
+                })
+            }
+            Self::Cluster(client) => tokio::spawn(async move {
+                source::kube::run(client, &node_name, source::kube::Scope::default(), events).await;
+                Ok(())
+            }),
         }
-        SourceArgs::Kubeconfig(path, master) => (Access::Kubeconfig(path), master.as_deref()),
-        SourceArgs::InCluster(master) => (Access::InCluster, master.as_deref()),
-        SourceArgs::Master(master) => (Access::Anonymous, Some(master.as_str())),
-    };
-    let client = source::kube::client(access, master).await.context("set up access to the API server")?;
-    Ok(tokio::spawn(async move {
-        source::kube::run(client, &node_name, Scope::default(), events).await;
-        Ok(())
-    }))
+    }
 }
 
 /// What the programs count.

@@ -58,6 +58,9 @@ impl Devices {
             match Snapshot::take(&handle).await {
                 Ok(snapshot) => {
                     self.update(&snapshot);
+                    if known.is_none() {
+                        self.drop_leftovers(&snapshot);
+                    }
                     let local = snapshot.local_addresses();
                     if known.as_ref() != Some(&local) {
                         if addresses.send(local.clone()).await.is_err() {
@@ -107,13 +110,19 @@ impl Devices {
         }
     }
 
-    /// Removes pins of devices that vanished while no agent ran.
-    pub fn remove_stale_pins(&self, present: &[u32]) {
+    /// Takes programs off that a former agent attached: to devices that vanished since, or that are not to be served
+    /// any more.
+    fn drop_leftovers(&self, snapshot: &Snapshot) {
+        // Not by what is attached: where that failed, the former agent's program had better stay.
+        let wanted = |index| {
+            let link = snapshot.links.iter().find(|link| link.index == index);
+            link.is_some_and(|link| classify(link, snapshot, &self.args).is_some())
+        };
         for name in self.pins.links() {
-            if attach::link_index(&name).is_some_and(|index| !present.contains(&index))
+            if attach::link_index(&name).is_some_and(|index| !wanted(index))
                 && let Err(error) = std::fs::remove_file(self.pins.link(&name))
             {
-                warn!("remove the pin of a vanished device, {name}: {error}");
+                warn!("remove the pin {name} of a former run: {error}");
             }
         }
     }
