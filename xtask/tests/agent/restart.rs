@@ -154,6 +154,11 @@ fn other_flags_take_effect_and_cut_nothing_else() -> Result<()> {
         answered(&node, &Ask::tcp(web()[family]).count(5))?;
     }
     ensure!(cluster.lab().pod(0, 1).ping(&Ping::new(outside[0].ip()))?[0].0.is_ok());
+    cluster.restart_agent(0, &["--socket-lb=all"])?;
+    for family in [0, 1] {
+        answered(&pod, &Ask::udp(dns()[family]).unconnected().count(5))?;
+        answered(&node, &Ask::tcp(web()[family]).count(5))?;
+    }
     traffic.finish(Instant::now() - Duration::from_millis(100))?;
     Ok(())
 }
