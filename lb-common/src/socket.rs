@@ -5,7 +5,7 @@
 
 use crate::addr::{Ip4, Ip6, NetPort};
 use crate::datapath::Reason;
-use crate::maps::{Addr, Frontend, FrontendKey, Slot, SlotKey, SocketKey, SocketPeer};
+use crate::maps::{Addr, Frontend, FrontendKey, Set, Slot, SlotKey, SocketKey, SocketPeer};
 
 /// A socket and the peer address that is being used.
 pub trait Socket<A> {
@@ -94,9 +94,8 @@ pub fn to_service<A: Mapped, S: Socket<A>, K: SocketTables<A>>(
 ) -> Decision {
     let (vip, vip_port) = socket.peer();
     let proto = socket.protocol();
-    let Some(frontend) = kernel.frontend(&FrontendKey::new(vip, vip_port, proto)) else {
-        return Decision::Allow;
-    };
+    let front = FrontendKey::new(vip, vip_port, proto);
+    let Some(frontend) = kernel.frontend(&front) else { return Decision::Allow };
     let cookie = socket.cookie();
     let there =
         SocketKey { cookie, addr: vip.mapped(), port: vip_port, proto, direction: TO_BACKEND, pad: 0 };
@@ -114,10 +113,16 @@ pub fn to_service<A: Mapped, S: Socket<A>, K: SocketTables<A>>(
         kernel.count(if drop { Reason::NoLocalEndpoint } else { Reason::NoEndpoint });
         return Decision::Refuse;
     }
-    let index = ((kernel.random() as u64 * set.count as u64) >> 32) as u32;
-    let Some(slot) = kernel.slot(&SlotKey { set: set.id, index }) else {
-        kernel.count(Reason::SlotMissing);
-        return Decision::Refuse;
+    let slot = match any(kernel, set) {
+        Some(slot) => slot,
+        // The frontend was flipped to a new set, and the old one removed, between our two look-ups.
+        None => match kernel.frontend(&front).and_then(|frontend| any(kernel, frontend.internal)) {
+            Some(slot) => slot,
+            None => {
+                kernel.count(Reason::SlotMissing);
+                return Decision::Refuse;
+            }
+        },
     };
     let (addr, port) = (slot.addr, slot.port);
     let mut peer = SocketPeer {
@@ -138,6 +143,13 @@ pub fn to_service<A: Mapped, S: Socket<A>, K: SocketTables<A>>(
     Decision::Allow
 }
 
+/// Any slot of a set.
+#[inline(always)]
+fn any<A: Addr, K: SocketTables<A>>(kernel: &K, set: Set) -> Option<&Slot<A>> {
+    let index = ((kernel.random() as u64 * set.count as u64) >> 32) as u32;
+    kernel.slot(&SlotKey { set: set.id, index })
+}
+
 /// `getpeername`, and the source of a received datagram: the process sees what it asked for.
 #[inline(always)]
 pub fn from_backend<A: Mapped, S: Socket<A>, K: SocketTables<A>>(socket: &mut S, kernel: &K) {
@@ -154,7 +166,6 @@ pub fn from_backend<A: Mapped, S: Socket<A>, K: SocketTables<A>>(socket: &mut S,
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::maps::Set;
     use core::cell::RefCell;
     use std::collections::HashMap;
     use std::vec::Vec;

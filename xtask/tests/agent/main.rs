@@ -5,6 +5,7 @@ mod churn;
 mod devices;
 mod endpoints;
 mod hostile;
+mod inspect;
 mod manifests;
 mod paths;
 mod refusals;
