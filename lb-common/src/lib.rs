@@ -10,6 +10,7 @@
 #![cfg_attr(not(test), no_std)]
 
 pub mod addr;
+mod affinity;
 pub mod checksum;
 pub mod datapath;
 pub mod maps;

@@ -5,7 +5,7 @@ use crate::addr::{Ip4, Ip6, NetPort};
 use bytemuck::{Pod, Zeroable};
 
 /// Version of all layouts here; part of the pin directory's name.
-pub const VERSION: u32 = 1;
+pub const VERSION: u32 = 2;
 
 /// What a family's address type has to know for the generic code.
 pub trait Addr: Pod + Eq + core::fmt::Debug + Default {
@@ -22,8 +22,17 @@ pub trait Addr: Pod + Eq + core::fmt::Debug + Default {
     fn mix(self, hash: u32) -> u32;
     /// This device's address to masquerade to.
     fn masquerade_addr(device: &Device) -> Self;
-    /// Addresses that are never masqueraded: multicast, link-local, loopback, unspecified, broadcast.
+    /// Addresses that are never masqueraded to: multicast, loopback, unspecified, broadcast. (Link-local is a matter
+    /// of configuration: the agent enters it into the CIDR table.)
     fn is_local_scope(self) -> bool;
+    /// Whether the address lies in a range.
+    fn is_in(self, range: &Range<Self>) -> bool;
+    /// Whether it comes first in the order of slots: the one that people would sort addresses in.
+    fn precedes(self, other: Self) -> bool;
+    /// IPv4 as `::ffff:a.b.c.d`: the form of tables that both families share.
+    fn mapped(self) -> Ip6;
+    /// The reverse, for an address of this family.
+    fn from_mapped(ip: Ip6) -> Option<Self>;
 }
 
 /// A five-tuple as a hook sees it: the key of the flow table.
@@ -40,8 +49,11 @@ pub struct FlowKey<A> {
     pub dport: NetPort,
     /// IP protocol.
     pub proto: u8,
+    /// One for [`Side::Front`] of a flow whose destination stays as it is ([`Flow::is_straight`]): without it, the key
+    /// would be its own [`Side::Forward`]'s. Zero otherwise.
+    pub variant: u8,
     /// Always zero.
-    pub pad: [u8; 3],
+    pub pad: [u8; 2],
 }
 
 impl<A: Addr> FlowKey<A> {
@@ -127,6 +139,11 @@ pub struct Flow<A> {
     pub backend_epoch: u32,
     /// The Service port, a key of the names map; zero where no Service is involved.
     pub service: u32,
+    /// The client's port as the backend's side knows it: `client_port`, unless another flow of the client to the backend
+    /// has that one already.
+    pub alias_port: NetPort,
+    /// Always zero.
+    pub pad: u16,
     /// IP protocol.
     pub proto: u8,
     /// [`Side`] as a number.
@@ -135,8 +152,6 @@ pub struct Flow<A> {
     pub flags: u8,
     /// [`Flow::FIN`], [`Flow::RST`] and [`Flow::SEEN`], per entry.
     pub state: u8,
-    /// Always zero.
-    pub pad: u32,
 }
 
 impl<A: Addr> Flow<A> {
@@ -163,11 +178,54 @@ impl<A: Addr> Flow<A> {
     pub fn key(&self, side: Side) -> FlowKey<A> {
         let (src, sport, dst, dport) = match side {
             Side::Front => (self.client, self.client_port, self.vip, self.vip_port),
-            Side::Forward => (self.client, self.client_port, self.backend, self.backend_port),
+            Side::Forward => (self.client, self.alias_port, self.backend, self.backend_port),
             Side::Back => (self.backend, self.backend_port, self.masq, self.masq_port),
-            Side::Reply => (self.backend, self.backend_port, self.client, self.client_port),
+            Side::Reply => (self.backend, self.backend_port, self.client, self.alias_port),
         };
-        FlowKey { src, dst, sport, dport, proto: self.proto, pad: [0; 3] }
+        let variant = u8::from(side as u8 == Side::Front as u8 && self.is_straight());
+        FlowKey { src, dst, sport, dport, proto: self.proto, variant, pad: [0; 2] }
+    }
+
+    /// Sent to the backend itself: by a client that does without the Service, or to a Service whose address is its
+    /// endpoint's.
+    #[inline(always)]
+    pub fn is_straight(&self) -> bool {
+        self.vip_port == self.backend_port && self.vip == self.backend
+    }
+
+    /// A flow that nothing is done to yet.
+    #[inline(always)]
+    pub fn straight(key: &FlowKey<A>, now: u32) -> Self {
+        Self {
+            client: key.src,
+            vip: key.dst,
+            backend: key.dst,
+            masq: key.src,
+            client_port: key.sport,
+            vip_port: key.dport,
+            backend_port: key.dport,
+            masq_port: key.sport,
+            last_seen: now,
+            backend_id: 0,
+            backend_epoch: 0,
+            service: 0,
+            alias_port: key.sport,
+            pad: 0,
+            proto: key.proto,
+            side: 0,
+            flags: 0,
+            state: 0,
+        }
+    }
+
+    /// Whether this is the [`Side::Forward`] entry of the flow whose first packet has that tuple.
+    #[inline(always)]
+    pub fn is_forward_of(&self, front: &FlowKey<A>) -> bool {
+        self.side == Side::Forward as u8
+            && self.flags & Self::DNAT != 0
+            && self.vip == front.dst
+            && self.vip_port == front.dport
+            && self.client_port == front.sport
     }
 
     /// The same flow as an entry of that side.
@@ -207,6 +265,12 @@ impl<A> FrontendKey<A> {
     pub const fn new(addr: A, port: NetPort, proto: u8) -> Self {
         Self { addr, port, proto, pad: [0; 5] }
     }
+
+    /// The key of an address as such, see [`Frontend::ADDRESS`].
+    #[inline(always)]
+    pub const fn address(addr: A) -> Self {
+        Self::new(addr, NetPort::from_wire(0), 0)
+    }
 }
 
 /// A run of slots. Its id is never used again for other endpoints, so a packet sees all of a change or nothing.
@@ -240,6 +304,12 @@ pub struct Frontend {
 }
 
 impl Frontend {
+    /// The endpoints for those inside or everybody else.
+    #[inline(always)]
+    pub const fn set(&self, inside: bool) -> Set {
+        if inside { self.internal } else { self.external }
+    }
+
     /// An empty internal set means drop, not reject.
     pub const INTERNAL_DROP: u16 = 1;
     /// An empty external set means drop, not reject.
@@ -248,6 +318,105 @@ impl Frontend {
     pub const MASQUERADE_ALWAYS: u16 = 4;
     /// For the socket hooks alone: a loopback address, which no packet from outside may reach (CVE-2020-8558).
     pub const SOCKETS_ONLY: u16 = 8;
+    /// Only clients in [`SourceKey`]'s ranges are admitted (`loadBalancerSourceRanges`).
+    pub const SOURCE_RANGES: u16 = 16;
+    /// None of the node's addresses is in those ranges: its processes are not admitted.
+    pub const NODE_OUTSIDE_RANGES: u16 = 32;
+    /// Not a frontend but an address that has some, under port and protocol zero.
+    pub const ADDRESS: u16 = 64;
+    /// A ClusterIP: what is sent to a port of it that is no frontend is rejected.
+    pub const REJECT_OTHER_PORTS: u16 = 128;
+}
+
+/// Key of the table of `loadBalancerSourceRanges`, a trie: the Service port whole, and the address as far as the range
+/// says. A hit admits.
+#[repr(C, packed)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct SourceKey<A> {
+    /// [`Frontend::service`].
+    pub service: u32,
+    /// The client.
+    pub addr: A,
+}
+
+/// The smallest range with all ClusterIPs: what lies outside need not be looked up as one.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Range<A> {
+    /// Its first address.
+    pub first: A,
+    /// The bits that all its addresses share.
+    pub mask: A,
+}
+
+/// Key of the affinity table (`sessionAffinity: ClientIP`).
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, Pod, Zeroable)]
+pub struct AffinityKey {
+    /// The client's address, mapped; unspecified for the node's own processes.
+    pub client: Ip6,
+    /// [`Frontend::service`].
+    pub service: u32,
+    /// Always zero.
+    pub pad: u32,
+}
+
+/// Value of the affinity table.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Pod, Zeroable)]
+pub struct Affinity {
+    /// The backend, mapped.
+    pub addr: Ip6,
+    /// Its port.
+    pub port: NetPort,
+    /// Always zero.
+    pub pad: u16,
+    /// Its place in the set that it was chosen from.
+    pub index: u32,
+    /// When the client's last flow began: seconds of the kernel's monotonic clock.
+    pub last_used: u32,
+    /// [`Frontend::affinity`], so that whoever tidies up need not look.
+    pub timeout: u32,
+}
+
+impl Affinity {
+    /// Whether it still holds. As `xt_recent`'s `--seconds` counts.
+    #[inline(always)]
+    pub const fn holds(&self, now: u32, timeout: u32) -> bool {
+        now.wrapping_sub(self.last_used) <= timeout
+    }
+}
+
+/// What the fragments of a datagram have in common. (RFC 791; RFC 8200, 4.5)
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+pub struct FragmentKey<A> {
+    /// Source address, as the hook sees it.
+    pub src: A,
+    /// Destination address, as the hook sees it.
+    pub dst: A,
+    /// The identification, as in the packet.
+    pub id: u32,
+    /// IP protocol; zero in IPv6.
+    pub proto: u8,
+    /// 0 at egress, 1 at ingress.
+    pub hook: u8,
+    /// Always zero.
+    pub pad: u16,
+}
+
+/// What a datagram's first fragment says of all of them.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Pod, Zeroable)]
+pub struct Fragment {
+    /// Source port, or an echo's identifier, as in [`FlowKey`].
+    pub sport: NetPort,
+    /// Destination port.
+    pub dport: NetPort,
+    /// IP protocol.
+    pub proto: u32,
+    /// When it came: seconds of the kernel's monotonic clock.
+    pub seen: u32,
 }
 
 /// Key of the slot table.
@@ -305,6 +474,10 @@ pub struct Device {
     pub masq4: Ip4,
     /// Masquerade to this, unspecified for none.
     pub masq6: Ip6,
+    /// One more than the id of the network namespace at the other end of the pod's veth, zero where it is not known.
+    pub netns: u32,
+    /// Always zero.
+    pub pad: u32,
 }
 
 impl Device {
@@ -395,7 +568,27 @@ impl Addr for Ip4 {
     #[inline(always)]
     fn is_local_scope(self) -> bool {
         let ip = u32::from_be(self.wire());
-        ip >> 28 >= 0xe || ip >> 24 == 127 || ip >> 24 == 0 || ip >> 16 == 0xa9fe
+        ip >> 28 >= 0xe || ip >> 24 == 127 || ip >> 24 == 0
+    }
+
+    #[inline(always)]
+    fn is_in(self, range: &Range<Self>) -> bool {
+        self.wire() & range.mask.wire() == range.first.wire()
+    }
+
+    #[inline(always)]
+    fn precedes(self, other: Self) -> bool {
+        u32::from_be(self.wire()) < u32::from_be(other.wire())
+    }
+
+    #[inline(always)]
+    fn mapped(self) -> Ip6 {
+        Ip6::mapped(self)
+    }
+
+    #[inline(always)]
+    fn from_mapped(ip: Ip6) -> Option<Self> {
+        ip.unmapped()
     }
 }
 
@@ -427,7 +620,29 @@ impl Addr for Ip6 {
     fn is_local_scope(self) -> bool {
         let (high, low) = self.wire();
         let head = u64::from_be(high) >> 48;
-        head >> 8 == 0xff || head & 0xffc0 == 0xfe80 || high == 0 && u64::from_be(low) < 2
+        head >> 8 == 0xff || high == 0 && u64::from_be(low) < 2
+    }
+
+    #[inline(always)]
+    fn is_in(self, range: &Range<Self>) -> bool {
+        let ((a, b), (x, y), (m, n)) = (self.wire(), range.first.wire(), range.mask.wire());
+        a & m == x && b & n == y
+    }
+
+    #[inline(always)]
+    fn precedes(self, other: Self) -> bool {
+        let ((a, b), (x, y)) = (self.wire(), other.wire());
+        if a == x { u64::from_be(b) < u64::from_be(y) } else { u64::from_be(a) < u64::from_be(x) }
+    }
+
+    #[inline(always)]
+    fn mapped(self) -> Ip6 {
+        self
+    }
+
+    #[inline(always)]
+    fn from_mapped(ip: Ip6) -> Option<Self> {
+        Some(ip)
     }
 }
 
@@ -454,7 +669,17 @@ plain_layouts! {
     Flow: 48, 96;
     FrontendKey: 12, 24;
     Slot: 20, 32;
+    Range: 8, 32;
+    FragmentKey: 16, 40;
 }
+
+// SAFETY: packed, made of Pod fields only.
+unsafe impl<A: Addr> Zeroable for SourceKey<A> {}
+// SAFETY: as above.
+unsafe impl<A: Addr> Pod for SourceKey<A> {}
+#[cfg(all(feature = "user", not(target_arch = "bpf")))]
+// SAFETY: bytemuck's Pod says the same.
+unsafe impl<A: Addr> aya::Pod for SourceKey<A> {}
 
 // SAFETY: bytes only.
 unsafe impl Zeroable for ServiceName {}
@@ -468,13 +693,28 @@ macro_rules! aya_pod {
         unsafe impl aya::Pod for $ty {}
     )*};
 }
-aya_pod!(Frontend, Set, SlotKey, Device, SocketKey, SocketPeer, ServiceName, Ip4, Ip6);
+aya_pod!(
+    Frontend,
+    Set,
+    SlotKey,
+    Device,
+    SocketKey,
+    SocketPeer,
+    ServiceName,
+    AffinityKey,
+    Affinity,
+    Fragment,
+    Ip4,
+    Ip6
+);
 
 const _: () = {
     assert!(size_of::<ServiceName>() == 192);
     assert!(size_of::<Frontend>() == 28 && core::mem::offset_of!(Frontend, flags) == 24);
     assert!(size_of::<SlotKey>() == 8);
-    assert!(size_of::<Device>() == 24);
+    assert!(size_of::<Device>() == 32);
+    assert!(size_of::<SourceKey<Ip4>>() == 8 && size_of::<SourceKey<Ip6>>() == 20);
+    assert!(size_of::<AffinityKey>() == 24 && size_of::<Affinity>() == 32);
     assert!(size_of::<SocketKey>() == 32);
     assert!(size_of::<SocketPeer>() == 32);
     assert!(

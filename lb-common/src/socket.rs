@@ -3,9 +3,12 @@
 //! No packet is rewritten. What the process may ask about its peer (`getpeername`, the source of a datagram) is
 //! translated back from a table of sockets.
 
-use crate::addr::{Ip4, Ip6, NetPort};
+use crate::addr::{Ip6, NetPort};
+use crate::affinity::{find, remember, scale};
 use crate::datapath::Reason;
-use crate::maps::{Addr, Frontend, FrontendKey, Set, Slot, SlotKey, SocketKey, SocketPeer};
+use crate::maps::{
+    Addr, Affinity, AffinityKey, Frontend, FrontendKey, Range, Set, Slot, SlotKey, SocketKey, SocketPeer,
+};
 
 /// A socket and the peer address that is being used.
 pub trait Socket<A> {
@@ -31,6 +34,16 @@ pub trait SocketTables<A: Addr> {
     fn socket(&self, key: &SocketKey) -> Option<&SocketPeer>;
     /// Remembers a socket's peer. Best effort: the table is an LRU one.
     fn put_socket(&self, key: &SocketKey, peer: &SocketPeer);
+    /// The range of all ClusterIPs.
+    fn cluster_ips(&self) -> Option<&Range<A>>;
+    /// What a client was sent to last.
+    fn affinity(&self, key: &AffinityKey) -> Option<&Affinity>;
+    /// Remembers it, if there is room.
+    fn put_affinity(&self, key: &AffinityKey, affinity: &Affinity);
+    /// Whether the socket is one of the node's own processes, not a pod's.
+    fn is_node(&self) -> bool;
+    /// Seconds of the monotonic clock.
+    fn now(&self) -> u32;
     /// Any number.
     fn random(&self) -> u32;
     /// Adds one to a counter.
@@ -42,40 +55,11 @@ pub trait SocketTables<A: Addr> {
 pub enum Decision {
     /// It goes on, to whatever the peer is now.
     Allow,
-    /// It fails as if the peer had refused.
+    /// It fails as if the peer had refused (`ECONNREFUSED`).
     Refuse,
-}
-
-/// An address in the form of the socket table.
-pub trait Mapped: Addr {
-    /// IPv4 as `::ffff:a.b.c.d`.
-    fn mapped(self) -> Ip6;
-    /// The reverse.
-    fn from_mapped(ip: Ip6) -> Option<Self>;
-}
-
-impl Mapped for Ip4 {
-    #[inline(always)]
-    fn mapped(self) -> Ip6 {
-        Ip6::mapped(self)
-    }
-
-    #[inline(always)]
-    fn from_mapped(ip: Ip6) -> Option<Self> {
-        ip.unmapped()
-    }
-}
-
-impl Mapped for Ip6 {
-    #[inline(always)]
-    fn mapped(self) -> Ip6 {
-        self
-    }
-
-    #[inline(always)]
-    fn from_mapped(ip: Ip6) -> Option<Self> {
-        Some(ip)
-    }
+    /// It fails as if nobody had answered, without the wait: `ETIMEDOUT` from `connect`; a datagram fails as one that
+    /// netfilter drops, with `EPERM`.
+    Drop,
 }
 
 /// The table's two directions.
@@ -87,7 +71,7 @@ const TO_BACKEND: u8 = 1;
 /// The datagrams that one socket sends to one Service go to one backend, as those of one port would through
 /// conntrack, until it is gone.
 #[inline(always)]
-pub fn to_service<A: Mapped, S: Socket<A>, K: SocketTables<A>>(
+pub fn to_service<A: Addr, S: Socket<A>, K: SocketTables<A>>(
     socket: &mut S,
     kernel: &K,
     sticky: bool,
@@ -95,7 +79,17 @@ pub fn to_service<A: Mapped, S: Socket<A>, K: SocketTables<A>>(
     let (vip, vip_port) = socket.peer();
     let proto = socket.protocol();
     let front = FrontendKey::new(vip, vip_port, proto);
-    let Some(frontend) = kernel.frontend(&front) else { return Decision::Allow };
+    let Some(frontend) = kernel.frontend(&front) else { return other_port(kernel, vip, proto) };
+    if frontend.affinity != 0 || frontend.flags & Frontend::SOURCE_RANGES != 0 {
+        if !kernel.is_node() {
+            // Both go by the client's address, which a pod's packet will show; the socket may have none yet.
+            return Decision::Allow;
+        }
+        if frontend.flags & Frontend::NODE_OUTSIDE_RANGES != 0 && frontend.internal.count != 0 {
+            kernel.count(Reason::SourceRange);
+            return Decision::Drop;
+        }
+    }
     let cookie = socket.cookie();
     let there =
         SocketKey { cookie, addr: vip.mapped(), port: vip_port, proto, direction: TO_BACKEND, pad: 0 };
@@ -107,13 +101,12 @@ pub fn to_service<A: Mapped, S: Socket<A>, K: SocketTables<A>>(
         socket.set_peer(addr, known.port);
         return Decision::Allow;
     }
-    let set = frontend.internal;
-    if set.count == 0 {
+    if frontend.internal.count == 0 {
         let drop = frontend.flags & Frontend::INTERNAL_DROP != 0;
         kernel.count(if drop { Reason::NoLocalEndpoint } else { Reason::NoEndpoint });
-        return Decision::Refuse;
+        return if drop { Decision::Drop } else { Decision::Refuse };
     }
-    let slot = match any(kernel, set) {
+    let slot = match pick(kernel, frontend) {
         Some(slot) => slot,
         // The frontend was flipped to a new set, and the old one removed, between our two look-ups.
         None => match kernel.frontend(&front).and_then(|frontend| any(kernel, frontend.internal)) {
@@ -143,16 +136,69 @@ pub fn to_service<A: Mapped, S: Socket<A>, K: SocketTables<A>>(
     Decision::Allow
 }
 
+/// Not to a frontend. A ClusterIP's other ports refuse: its address is nobody's.
+#[inline(always)]
+fn other_port<A: Addr, K: SocketTables<A>>(kernel: &K, addr: A, proto: u8) -> Decision {
+    if matches!(proto, 6 | 17)
+        && kernel.cluster_ips().is_some_and(|range| addr.is_in(range))
+        && kernel
+            .frontend(&FrontendKey::address(addr))
+            .is_some_and(|frontend| frontend.flags & Frontend::REJECT_OTHER_PORTS != 0)
+    {
+        kernel.count(Reason::NoSuchPort);
+        return Decision::Refuse;
+    }
+    Decision::Allow
+}
+
+#[inline(always)]
+fn pick<'k, A: Addr, K: SocketTables<A>>(kernel: &'k K, frontend: &Frontend) -> Option<&'k Slot<A>> {
+    if frontend.affinity == 0 {
+        return any(kernel, frontend.internal);
+    }
+    // The node's processes are one client. What it used last is written down at most once a second: processes that
+    // connect all the time would otherwise write it all the time.
+    let key = AffinityKey { client: Ip6::default(), service: frontend.service, pad: 0 };
+    let now = kernel.now();
+    let known = kernel.affinity(&key);
+    if let Some(known) = known
+        && let Some(index) = place(kernel, known, frontend.internal, now, frontend.affinity)
+    {
+        let slot = kernel.slot(&SlotKey { set: frontend.internal.id, index })?;
+        if known.last_used != now || known.index != index {
+            kernel.put_affinity(&key, &remember(slot, index, now, frontend.affinity));
+        }
+        return Some(slot);
+    }
+    let index = scale(kernel.random(), frontend.internal.count);
+    let slot = kernel.slot(&SlotKey { set: frontend.internal.id, index })?;
+    kernel.put_affinity(&key, &remember(slot, index, now, frontend.affinity));
+    Some(slot)
+}
+
+#[inline(always)]
+fn place<A: Addr, K: SocketTables<A>>(
+    kernel: &K,
+    known: &Affinity,
+    set: Set,
+    now: u32,
+    timeout: u32,
+) -> Option<u32> {
+    if !known.holds(now, timeout) {
+        return None;
+    }
+    find(known, set, |index| kernel.slot(&SlotKey { set: set.id, index }))
+}
+
 /// Any slot of a set.
 #[inline(always)]
 fn any<A: Addr, K: SocketTables<A>>(kernel: &K, set: Set) -> Option<&Slot<A>> {
-    let index = ((kernel.random() as u64 * set.count as u64) >> 32) as u32;
-    kernel.slot(&SlotKey { set: set.id, index })
+    kernel.slot(&SlotKey { set: set.id, index: scale(kernel.random(), set.count) })
 }
 
 /// `getpeername`, and the source of a received datagram: the process sees what it asked for.
 #[inline(always)]
-pub fn from_backend<A: Mapped, S: Socket<A>, K: SocketTables<A>>(socket: &mut S, kernel: &K) {
+pub fn from_backend<A: Addr, S: Socket<A>, K: SocketTables<A>>(socket: &mut S, kernel: &K) {
     let (addr, port) = socket.peer();
     let (cookie, proto) = (socket.cookie(), socket.protocol());
     let key = SocketKey { cookie, addr: addr.mapped(), port, proto, direction: TO_VIP, pad: 0 };

@@ -1,8 +1,6 @@
 //! The cgroup socket hooks: sockets and tables as `lb_common::socket` wants them.
 
-use crate::tables::{
-    FLAGS, LB_COUNT, LB_EPOCH, LB_FRONT4, LB_FRONT6, LB_NETNS, LB_SLOT4, LB_SLOT6, LB_SOCKET, NETNS_COOKIE,
-};
+use crate::tables::{self, FLAGS, LB_NETNS, LB_SOCKET, Maps, NETNS_COOKIE};
 use aya_ebpf::bindings::bpf_sock_addr;
 use aya_ebpf::helpers::generated as helpers;
 use aya_ebpf::macros::cgroup_sock_addr;
@@ -11,14 +9,19 @@ use core::marker::PhantomData;
 use core::ptr::{read_volatile, write_volatile};
 use lb_common::addr::{Ip4, Ip6, NetPort};
 use lb_common::datapath::Reason;
-use lb_common::maps::{Frontend, FrontendKey, Slot, SlotKey, SocketKey, SocketPeer, flags};
-use lb_common::socket::{Decision, Mapped, Socket, SocketTables, from_backend, to_service};
+use lb_common::maps::{
+    Affinity, AffinityKey, Frontend, FrontendKey, Range, Slot, SlotKey, SocketKey, SocketPeer, flags,
+};
+use lb_common::socket::{Decision, Socket, SocketTables, from_backend, to_service};
 
 /// The system call goes on.
 const ALLOW: i32 = 1;
 /// It fails: with EPERM, or what `bpf_set_retval` said.
 const DENY: i32 = 0;
+const EPERM: i32 = 1;
+const ETIMEDOUT: i32 = 110;
 const ECONNREFUSED: i32 = 111;
+const TCP: u8 = 6;
 
 #[cgroup_sock_addr(connect4)]
 pub(crate) fn connect4(ctx: SockAddrContext) -> i32 {
@@ -62,7 +65,7 @@ pub(crate) fn getpeername6(ctx: SockAddrContext) -> i32 {
 
 /// `H` is the hook that the program is for, `A` the family that the socket speaks.
 #[inline(always)]
-fn forward<H: Hook, A: Mapped>(ctx: &SockAddrContext, sticky: bool) -> i32
+fn forward<H: Hook, A: Maps>(ctx: &SockAddrContext, sticky: bool) -> i32
 where
     On<H>: Socket<A> + SocketTables<A>,
 {
@@ -70,16 +73,17 @@ where
     if !hook.is_ours() {
         return ALLOW;
     }
-    match to_service::<A, _, _>(&mut On::<H>::new(ctx), &hook, sticky) {
-        Decision::Allow => ALLOW,
-        Decision::Refuse => {
-            if FLAGS.load() & flags::SET_RETVAL != 0 {
-                // SAFETY: no pointers.
-                unsafe { helpers::bpf_set_retval(-ECONNREFUSED) };
-            }
-            DENY
-        }
+    let error = match to_service::<A, _, _>(&mut On::<H>::new(ctx), &hook, sticky) {
+        Decision::Allow => return ALLOW,
+        Decision::Refuse => ECONNREFUSED,
+        Decision::Drop if hook.is_tcp() => ETIMEDOUT,
+        Decision::Drop => EPERM,
+    };
+    if FLAGS.load() & flags::SET_RETVAL != 0 {
+        // SAFETY: no pointers.
+        unsafe { helpers::bpf_set_retval(-error) };
     }
+    DENY
 }
 
 /// An IPv6 socket may speak IPv4.
@@ -93,7 +97,7 @@ fn forward6(ctx: &SockAddrContext, sticky: bool) -> i32 {
 }
 
 #[inline(always)]
-fn back<H: Hook, A: Mapped>(ctx: &SockAddrContext) -> i32
+fn back<H: Hook, A: Maps>(ctx: &SockAddrContext) -> i32
 where
     On<H>: Socket<A> + SocketTables<A>,
 {
@@ -143,9 +147,17 @@ impl<H: Hook> On<H> {
     /// Whether the socket is in a network namespace that is served here.
     #[inline(always)]
     fn is_ours(&self) -> bool {
-        if FLAGS.load() & flags::SOCKETS_ALL != 0 {
-            return true;
-        }
+        FLAGS.load() & flags::SOCKETS_ALL != 0 || self.is_in_node()
+    }
+
+    #[inline(always)]
+    fn is_tcp(&self) -> bool {
+        Socket::<Ip4>::protocol(self) == TCP
+    }
+
+    /// Whether the socket is in the node's own network namespace.
+    #[inline(always)]
+    fn is_in_node(&self) -> bool {
         // SAFETY: the context is valid.
         let cookie = unsafe { helpers::bpf_get_netns_cookie(self.0.cast()) };
         let wanted = NETNS_COOKIE.load();
@@ -272,55 +284,69 @@ impl<H: Hook> Socket<Ip6> for On<H> {
     }
 }
 
-macro_rules! tables {
-    ($addr:ty, $fronts:ident, $slots:ident) => {
-        impl<H: Hook> SocketTables<$addr> for On<H> {
-            #[inline(always)]
-            fn frontend(&self, key: &FrontendKey<$addr>) -> Option<&Frontend> {
-                // SAFETY: without preallocation an element is never reused under a reader.
-                unsafe { $fronts.get(key) }
-            }
+impl<H: Hook, A: Maps> SocketTables<A> for On<H> {
+    #[inline(always)]
+    fn frontend(&self, key: &FrontendKey<A>) -> Option<&Frontend> {
+        tables::frontend(key)
+    }
 
-            #[inline(always)]
-            fn slot(&self, key: &SlotKey) -> Option<&Slot<$addr>> {
-                // SAFETY: as above.
-                unsafe { $slots.get(key) }
-            }
+    #[inline(always)]
+    fn slot(&self, key: &SlotKey) -> Option<&Slot<A>> {
+        tables::slot(key)
+    }
 
-            #[inline(always)]
-            fn backend_epoch(&self, id: u32) -> u32 {
-                LB_EPOCH.get(id).copied().unwrap_or(0)
-            }
+    #[inline(always)]
+    fn backend_epoch(&self, id: u32) -> u32 {
+        tables::backend_epoch(id)
+    }
 
-            #[inline(always)]
-            fn socket(&self, key: &SocketKey) -> Option<&SocketPeer> {
-                // SAFETY: an entry that is evicted meanwhile may show another socket's peer for a moment; the table
-                // is sized so that it has long been idle then.
-                unsafe { LB_SOCKET.get(key) }
-            }
+    #[inline(always)]
+    fn socket(&self, key: &SocketKey) -> Option<&SocketPeer> {
+        // SAFETY: an entry that is evicted meanwhile may show another socket's peer for a moment; the table is sized
+        // so that it has long been idle then.
+        unsafe { LB_SOCKET.get(key) }
+    }
 
-            #[inline(always)]
-            fn put_socket(&self, key: &SocketKey, peer: &SocketPeer) {
-                // A full table evicts: this cannot fail in a way that matters.
-                let _ = LB_SOCKET.insert(key, peer, 0);
-            }
+    #[inline(always)]
+    fn put_socket(&self, key: &SocketKey, peer: &SocketPeer) {
+        // A full table evicts: this cannot fail in a way that matters.
+        let _ = LB_SOCKET.insert(key, peer, 0);
+    }
 
-            #[inline(always)]
-            fn random(&self) -> u32 {
-                // SAFETY: no arguments.
-                unsafe { helpers::bpf_get_prandom_u32() }
-            }
+    #[inline(always)]
+    fn cluster_ips(&self) -> Option<&Range<A>> {
+        A::range().get(0)
+    }
 
-            #[inline(always)]
-            fn count(&self, reason: Reason) {
-                if let Some(counter) = LB_COUNT.get_ptr_mut(reason as u32) {
-                    // SAFETY: this CPU's own counter.
-                    unsafe { *counter += 1 };
-                }
-            }
-        }
-    };
+    #[inline(always)]
+    fn affinity(&self, key: &AffinityKey) -> Option<&Affinity> {
+        tables::affinity(key)
+    }
+
+    #[inline(always)]
+    fn put_affinity(&self, key: &AffinityKey, affinity: &Affinity) {
+        tables::put_affinity(key, affinity);
+    }
+
+    #[inline(always)]
+    fn is_node(&self) -> bool {
+        // Where only the node's sockets are served, this one is.
+        FLAGS.load() & flags::SOCKETS_ALL == 0 || self.is_in_node()
+    }
+
+    #[inline(always)]
+    fn now(&self) -> u32 {
+        tables::now()
+    }
+
+    #[inline(always)]
+    fn random(&self) -> u32 {
+        // SAFETY: no arguments.
+        unsafe { helpers::bpf_get_prandom_u32() }
+    }
+
+    #[inline(always)]
+    fn count(&self, reason: Reason) {
+        tables::count(reason);
+    }
 }
-
-tables!(Ip4, LB_FRONT4, LB_SLOT4);
-tables!(Ip6, LB_FRONT6, LB_SLOT6);

@@ -2,12 +2,14 @@
 
 use aya_ebpf::Global;
 use aya_ebpf::bindings::BPF_F_NO_PREALLOC;
+use aya_ebpf::helpers::generated as helpers;
 use aya_ebpf::macros::map;
 use aya_ebpf::maps::{Array, HashMap, LpmTrie, LruHashMap, PerCpuArray};
 use lb_common::addr::{Ip4, Ip6};
 use lb_common::datapath::Reason;
 use lb_common::maps::{
-    Device, Flow, FlowKey, Frontend, FrontendKey, ServiceName, Slot, SlotKey, SocketKey, SocketPeer,
+    Addr, Affinity, AffinityKey, Device, Flow, FlowKey, Fragment, FragmentKey, Frontend, FrontendKey, Range,
+    ServiceName, Slot, SlotKey, SocketKey, SocketPeer, SourceKey, flags,
 };
 
 // Written by the loader before the programs are verified, constant from then on.
@@ -50,6 +52,27 @@ pub(crate) static LB_SLOT6: HashMap<SlotKey, Slot<Ip6>> =
 pub(crate) static LB_CIDR4: LpmTrie<Ip4, u32> = LpmTrie::with_max_entries(4096, BPF_F_NO_PREALLOC);
 #[map]
 pub(crate) static LB_CIDR6: LpmTrie<Ip6, u32> = LpmTrie::with_max_entries(4096, BPF_F_NO_PREALLOC);
+/// `loadBalancerSourceRanges`: one means admitted.
+#[map]
+pub(crate) static LB_SOURCE4: LpmTrie<SourceKey<Ip4>, u32> =
+    LpmTrie::with_max_entries(1 << 16, BPF_F_NO_PREALLOC);
+#[map]
+pub(crate) static LB_SOURCE6: LpmTrie<SourceKey<Ip6>, u32> =
+    LpmTrie::with_max_entries(1 << 16, BPF_F_NO_PREALLOC);
+/// The range of all ClusterIPs.
+#[map]
+pub(crate) static LB_RANGE4: Array<Range<Ip4>> = Array::with_max_entries(1, 0);
+#[map]
+pub(crate) static LB_RANGE6: Array<Range<Ip6>> = Array::with_max_entries(1, 0);
+/// First fragments: short-lived, so the least recent is the one to lose.
+#[map]
+pub(crate) static LB_FRAG4: LruHashMap<FragmentKey<Ip4>, Fragment> = LruHashMap::with_max_entries(1 << 12, 0);
+#[map]
+pub(crate) static LB_FRAG6: LruHashMap<FragmentKey<Ip6>, Fragment> = LruHashMap::with_max_entries(1 << 12, 0);
+/// `sessionAffinity: ClientIP`.
+#[map]
+pub(crate) static LB_AFFINITY: HashMap<AffinityKey, Affinity> =
+    HashMap::with_max_entries(1 << 17, BPF_F_NO_PREALLOC);
 /// Epochs of UDP backends.
 #[map]
 pub(crate) static LB_EPOCH: Array<u32> = Array::with_max_entries(1 << 17, 0);
@@ -64,6 +87,11 @@ pub(crate) static LB_COUNT: PerCpuArray<u64> = PerCpuArray::with_max_entries(Rea
 /// A value out of the verifier's sight: see `Kernel::launder`.
 #[map]
 pub(crate) static LB_SCRATCH: PerCpuArray<[u64; 16]> = PerCpuArray::with_max_entries(1, 0);
+/// Flows that are being made up: see `Tables::draft`.
+#[map]
+pub(crate) static LB_DRAFT4: PerCpuArray<Flow<Ip4>> = PerCpuArray::with_max_entries(1, 0);
+#[map]
+pub(crate) static LB_DRAFT6: PerCpuArray<Flow<Ip6>> = PerCpuArray::with_max_entries(1, 0);
 /// Names of Services, for tools. The programs never look.
 #[map]
 pub(crate) static LB_NAME: HashMap<u32, ServiceName> = HashMap::with_max_entries(1 << 17, BPF_F_NO_PREALLOC);
@@ -73,3 +101,121 @@ pub(crate) static LB_SOCKET: LruHashMap<SocketKey, SocketPeer> = LruHashMap::wit
 /// The node's network namespace cookie, as learned, and the socket to learn it from (kernels before 5.14).
 #[map]
 pub(crate) static LB_NETNS: Array<u64> = Array::with_max_entries(2, 0);
+
+/// The maps of one family.
+pub(crate) trait Maps: Addr {
+    /// Length of a `struct bpf_sock_tuple`, which is what a [`FlowKey`] begins with.
+    const TUPLE: u32;
+    fn flows() -> &'static HashMap<FlowKey<Self>, Flow<Self>>;
+    fn frontends() -> &'static HashMap<FrontendKey<Self>, Frontend>;
+    fn slots() -> &'static HashMap<SlotKey, Slot<Self>>;
+    fn cidrs() -> &'static LpmTrie<Self, u32>;
+    fn sources() -> &'static LpmTrie<SourceKey<Self>, u32>;
+    fn range() -> &'static Array<Range<Self>>;
+    fn fragments() -> &'static LruHashMap<FragmentKey<Self>, Fragment>;
+    fn draft() -> &'static PerCpuArray<Flow<Self>>;
+}
+
+macro_rules! maps {
+    ($addr:ty, $tuple:literal, $flows:ident, $fronts:ident, $slots:ident, $cidrs:ident, $sources:ident, $range:ident,
+     $fragments:ident, $draft:ident) => {
+        impl Maps for $addr {
+            const TUPLE: u32 = $tuple;
+
+            #[inline(always)]
+            fn flows() -> &'static HashMap<FlowKey<Self>, Flow<Self>> {
+                &$flows
+            }
+
+            #[inline(always)]
+            fn frontends() -> &'static HashMap<FrontendKey<Self>, Frontend> {
+                &$fronts
+            }
+
+            #[inline(always)]
+            fn slots() -> &'static HashMap<SlotKey, Slot<Self>> {
+                &$slots
+            }
+
+            #[inline(always)]
+            fn cidrs() -> &'static LpmTrie<Self, u32> {
+                &$cidrs
+            }
+
+            #[inline(always)]
+            fn sources() -> &'static LpmTrie<SourceKey<Self>, u32> {
+                &$sources
+            }
+
+            #[inline(always)]
+            fn range() -> &'static Array<Range<Self>> {
+                &$range
+            }
+
+            #[inline(always)]
+            fn fragments() -> &'static LruHashMap<FragmentKey<Self>, Fragment> {
+                &$fragments
+            }
+
+            #[inline(always)]
+            fn draft() -> &'static PerCpuArray<Flow<Self>> {
+                &$draft
+            }
+        }
+    };
+}
+
+maps!(Ip4, 12, LB_FLOW4, LB_FRONT4, LB_SLOT4, LB_CIDR4, LB_SOURCE4, LB_RANGE4, LB_FRAG4, LB_DRAFT4);
+maps!(Ip6, 36, LB_FLOW6, LB_FRONT6, LB_SLOT6, LB_CIDR6, LB_SOURCE6, LB_RANGE6, LB_FRAG6, LB_DRAFT6);
+
+// What both kinds of programs ask.
+
+#[inline(always)]
+pub(crate) fn frontend<A: Maps>(key: &FrontendKey<A>) -> Option<&'static Frontend> {
+    // SAFETY: without preallocation an element is never reused under a reader.
+    unsafe { A::frontends().get(key) }
+}
+
+#[inline(always)]
+pub(crate) fn slot<A: Maps>(key: &SlotKey) -> Option<&'static Slot<A>> {
+    // SAFETY: as above.
+    unsafe { A::slots().get(key) }
+}
+
+#[inline(always)]
+pub(crate) fn backend_epoch(id: u32) -> u32 {
+    LB_EPOCH.get(id).copied().unwrap_or(0)
+}
+
+#[inline(always)]
+pub(crate) fn affinity(key: &AffinityKey) -> Option<&'static Affinity> {
+    // SAFETY: as above.
+    unsafe { LB_AFFINITY.get(key) }
+}
+
+#[inline(always)]
+pub(crate) fn put_affinity(key: &AffinityKey, affinity: &Affinity) -> bool {
+    LB_AFFINITY.insert(key, affinity, 0).is_ok()
+}
+
+#[inline(always)]
+pub(crate) fn count(reason: Reason) {
+    if let Some(counter) = LB_COUNT.get_ptr_mut(reason as u32) {
+        // SAFETY: this CPU's own counter.
+        unsafe { *counter += 1 };
+    }
+}
+
+/// Seconds of the monotonic clock.
+#[inline(always)]
+pub(crate) fn now() -> u32 {
+    // SAFETY: no arguments. Which branch is compiled in is decided by a constant at load time.
+    let ns = unsafe {
+        if FLAGS.load() & flags::COARSE_CLOCK != 0 {
+            helpers::bpf_ktime_get_coarse_ns()
+        } else {
+            helpers::bpf_ktime_get_ns()
+        }
+    };
+    (ns / 1_000_000_000) as u32
+}

@@ -1,11 +1,9 @@
 //! The tc programs: packets and tables as `lb_common::datapath` wants them.
 
-use crate::tables::{
-    FLAGS, HASH_SEED, LB_CIDR4, LB_CIDR6, LB_COUNT, LB_DEVICE, LB_EPOCH, LB_FLOW4, LB_FLOW6, LB_FRONT4,
-    LB_FRONT6, LB_PORTS, LB_SCRATCH, LB_SLOT4, LB_SLOT6, MASQ_FIRST, MASQ_LAST,
-};
+use crate::tables::{self, FLAGS, HASH_SEED, LB_DEVICE, LB_PORTS, LB_SCRATCH, MASQ_FIRST, MASQ_LAST, Maps};
 use aya_ebpf::bindings::{
     __sk_buff, BPF_F_MARK_MANGLED_0, BPF_F_PSEUDO_HDR, TC_ACT_SHOT, TC_ACT_UNSPEC, bpf_adj_room_mode,
+    bpf_sock,
 };
 use aya_ebpf::helpers::generated as helpers;
 use aya_ebpf::macros::classifier;
@@ -19,7 +17,10 @@ use lb_common::checksum::Sum;
 use lb_common::datapath::{
     self, Covered, FlowRef, Kernel, Packet, Put, PutError, Reason, Reshape, Tables, Verdict, Wire,
 };
-use lb_common::maps::{Addr, Device, Flow, FlowKey, Frontend, FrontendKey, Slot, SlotKey, flags};
+use lb_common::maps::{
+    Addr, Affinity, AffinityKey, Device, Flow, FlowKey, Fragment, FragmentKey, Frontend, FrontendKey, Range,
+    Slot, SlotKey, SourceKey, flags,
+};
 
 /// Destinations.
 #[classifier]
@@ -54,10 +55,7 @@ fn run(ctx: &TcContext, hook: Hook) -> i32 {
 }
 
 #[inline(always)]
-fn family<A: Wire>(mut skb: Skb, hook: Hook) -> i32
-where
-    Around: Tables<A>,
-{
+fn family<A: Wire + Maps>(mut skb: Skb, hook: Hook) -> i32 {
     let around = Around(skb.0);
     let verdict = match hook {
         Hook::Ingress => datapath::ingress::<A, _, _>(&mut skb, &around),
@@ -238,15 +236,7 @@ impl Kernel for Around {
 
     #[inline(always)]
     fn now(&self) -> u32 {
-        // SAFETY: no arguments. Which branch is compiled in is decided by a constant at load time.
-        let ns = unsafe {
-            if FLAGS.load() & flags::COARSE_CLOCK != 0 {
-                helpers::bpf_ktime_get_coarse_ns()
-            } else {
-                helpers::bpf_ktime_get_ns()
-            }
-        };
-        (ns / 1_000_000_000) as u32
+        tables::now()
     }
 
     #[inline(always)]
@@ -257,15 +247,22 @@ impl Kernel for Around {
 
     #[inline(always)]
     fn count(&self, reason: Reason) {
-        if let Some(counter) = LB_COUNT.get_ptr_mut(reason as u32) {
-            // SAFETY: this CPU's own counter.
-            unsafe { *counter += 1 };
-        }
+        tables::count(reason);
     }
 
     #[inline(always)]
     fn backend_epoch(&self, id: u32) -> u32 {
-        LB_EPOCH.get(id).copied().unwrap_or(0)
+        tables::backend_epoch(id)
+    }
+
+    #[inline(always)]
+    fn affinity(&self, key: &AffinityKey) -> Option<&Affinity> {
+        tables::affinity(key)
+    }
+
+    #[inline(always)]
+    fn put_affinity(&self, key: &AffinityKey, affinity: &Affinity) -> bool {
+        tables::put_affinity(key, affinity)
     }
 
     #[inline(always)]
@@ -285,73 +282,123 @@ impl Kernel for Around {
     }
 }
 
-macro_rules! tables {
-    ($addr:ty, $flows:ident, $fronts:ident, $slots:ident, $cidrs:ident, $tuple:literal) => {
-        impl Tables<$addr> for Around {
-            #[inline(always)]
-            fn flow(&self, key: &FlowKey<$addr>) -> Option<FlowRef<'_, $addr>> {
-                // SAFETY: map values outlive the program's run (RCU), also when removed meanwhile.
-                $flows.get_ptr_mut(key).and_then(NonNull::new).map(|at| unsafe { FlowRef::new(at) })
-            }
+impl<A: Maps> Tables<A> for Around {
+    #[inline(always)]
+    fn flow(&self, key: &FlowKey<A>) -> Option<FlowRef<'_, A>> {
+        // SAFETY: map values outlive the program's run (RCU), also when removed meanwhile.
+        A::flows().get_ptr_mut(key).and_then(NonNull::new).map(|at| unsafe { FlowRef::new(at) })
+    }
 
-            #[inline(always)]
-            fn put_flow(&self, key: &FlowKey<$addr>, flow: &Flow<$addr>, how: Put) -> Result<(), PutError> {
-                let flags = match how {
-                    Put::New => aya_ebpf::bindings::BPF_NOEXIST,
-                    Put::Any => aya_ebpf::bindings::BPF_ANY,
-                };
-                const EEXIST: i32 = -17;
-                $flows.insert(key, flow, u64::from(flags)).map_err(|e| match e {
-                    EEXIST => PutError::Taken,
-                    _ => PutError::Full,
-                })
-            }
+    #[inline(always)]
+    fn draft(&self) -> Option<FlowRef<'_, A>> {
+        // SAFETY: this CPU's own, and no program of ours interrupts another.
+        A::draft().get_ptr_mut(0).and_then(NonNull::new).map(|at| unsafe { FlowRef::new(at) })
+    }
 
-            #[inline(always)]
-            fn remove_flow(&self, key: &FlowKey<$addr>) {
-                // Already gone is as good.
-                let _ = $flows.remove(key);
-            }
+    #[inline(always)]
+    fn put_flow(&self, key: &FlowKey<A>, flow: &Flow<A>, how: Put) -> Result<(), PutError> {
+        let flags = match how {
+            Put::New => aya_ebpf::bindings::BPF_NOEXIST,
+            Put::Any => aya_ebpf::bindings::BPF_ANY,
+        };
+        const EEXIST: i32 = -17;
+        A::flows().insert(key, flow, u64::from(flags)).map_err(|e| match e {
+            EEXIST => PutError::Taken,
+            _ => PutError::Full,
+        })
+    }
 
-            #[inline(always)]
-            fn frontend(&self, key: &FrontendKey<$addr>) -> Option<&Frontend> {
-                // SAFETY: without preallocation an element is never reused under a reader.
-                unsafe { $fronts.get(key) }
-            }
+    #[inline(always)]
+    fn remove_flow(&self, key: &FlowKey<A>) {
+        // Already gone is as good.
+        let _ = A::flows().remove(key);
+    }
 
-            #[inline(always)]
-            fn slot(&self, key: &SlotKey) -> Option<&Slot<$addr>> {
-                // SAFETY: as above.
-                unsafe { $slots.get(key) }
-            }
+    #[inline(always)]
+    fn frontend(&self, key: &FrontendKey<A>) -> Option<&Frontend> {
+        tables::frontend(key)
+    }
 
-            #[inline(always)]
-            fn cidr(&self, addr: $addr) -> u32 {
-                $cidrs.get(Key::new(size_of::<$addr>() as u32 * 8, addr)).copied().unwrap_or(0)
-            }
+    #[inline(always)]
+    fn slot(&self, key: &SlotKey) -> Option<&Slot<A>> {
+        tables::slot(key)
+    }
 
-            #[inline(always)]
-            fn socket_wants(&self, key: &FlowKey<$addr>) -> bool {
-                // The start of a flow key is laid out as `struct bpf_sock_tuple`.
-                const CURRENT_NETNS: u64 = -1i32 as u32 as u64;
-                let tuple = (&raw const *key).cast_mut().cast();
-                // SAFETY: the helper reads the tuple's size from an initialised key; the socket is released.
-                unsafe {
-                    let socket = if key.proto == 6 {
-                        helpers::bpf_skc_lookup_tcp(self.0.cast(), tuple, $tuple, CURRENT_NETNS, 0)
-                    } else {
-                        helpers::bpf_sk_lookup_udp(self.0.cast(), tuple, $tuple, CURRENT_NETNS, 0)
-                    };
-                    if socket.is_null() {
-                        return false;
-                    }
-                    helpers::bpf_sk_release(socket.cast());
-                }
-                true
-            }
+    #[inline(always)]
+    fn cidr(&self, addr: A) -> u32 {
+        A::cidrs().get(Key::new(size_of::<A>() as u32 * 8, addr)).copied().unwrap_or(0)
+    }
+
+    #[inline(always)]
+    fn socket_wants(&self, key: &FlowKey<A>) -> bool {
+        let socket = if key.proto == TCP {
+            self.tcp_socket(key, CURRENT_NETNS)
+        } else {
+            let tuple = (&raw const *key).cast_mut().cast();
+            // SAFETY: the start of a flow key is laid out as `struct bpf_sock_tuple`, of that length.
+            unsafe { helpers::bpf_sk_lookup_udp(self.0.cast(), tuple, A::TUPLE, CURRENT_NETNS, 0).cast() }
+        };
+        if socket.is_null() {
+            return false;
         }
-    };
+        // SAFETY: from a look-up, and not used any more.
+        unsafe { helpers::bpf_sk_release(socket.cast()) };
+        true
+    }
+
+    #[inline(always)]
+    fn connected(&self, key: &FlowKey<A>, netns: u32) -> bool {
+        let socket: *mut bpf_sock = self.tcp_socket(key, u64::from(netns)).cast();
+        if socket.is_null() {
+            return false;
+        }
+        // SAFETY: from a look-up; not used any more after it is released.
+        let state = unsafe {
+            let state = core::ptr::read_volatile(&raw const (*socket).state);
+            helpers::bpf_sk_release(socket.cast());
+            state
+        };
+        !matches!(state, TCP_TIME_WAIT | TCP_CLOSE | TCP_LISTEN)
+    }
+
+    #[inline(always)]
+    fn cluster_ips(&self) -> Option<&Range<A>> {
+        A::range().get(0)
+    }
+
+    #[inline(always)]
+    fn source_admitted(&self, service: u32, client: A) -> bool {
+        let bits = size_of::<SourceKey<A>>() as u32 * 8;
+        A::sources().get(Key::new(bits, SourceKey { service, addr: client })).is_some()
+    }
+
+    #[inline(always)]
+    fn fragment(&self, key: &FragmentKey<A>) -> Option<&Fragment> {
+        // SAFETY: an entry that is evicted meanwhile may show another datagram's for a moment; by then hundreds
+        // of others have begun.
+        unsafe { A::fragments().get(key) }
+    }
+
+    #[inline(always)]
+    fn put_fragment(&self, key: &FragmentKey<A>, fragment: &Fragment) {
+        // A full table evicts: this cannot fail in a way that matters.
+        let _ = A::fragments().insert(key, fragment, 0);
+    }
 }
 
-tables!(Ip4, LB_FLOW4, LB_FRONT4, LB_SLOT4, LB_CIDR4, 12);
-tables!(Ip6, LB_FLOW6, LB_FRONT6, LB_SLOT6, LB_CIDR6, 36);
+const TCP: u8 = 6;
+const CURRENT_NETNS: u64 = -1i32 as u32 as u64;
+// The kernel's enum.
+const TCP_TIME_WAIT: u32 = 6;
+const TCP_CLOSE: u32 = 7;
+const TCP_LISTEN: u32 = 10;
+
+impl Around {
+    /// To be released, if there is one.
+    #[inline(always)]
+    fn tcp_socket<A: Maps>(&self, key: &FlowKey<A>, netns: u64) -> *mut core::ffi::c_void {
+        let tuple = (&raw const *key).cast_mut().cast();
+        // SAFETY: the start of a flow key is laid out as `struct bpf_sock_tuple`, of that length.
+        unsafe { helpers::bpf_skc_lookup_tcp(self.0.cast(), tuple, A::TUPLE, netns, 0).cast() }
+    }
+}

@@ -1,10 +1,11 @@
 //! A new flow to a frontend: which backend.
 
-use super::ingress::done;
+use super::enter::{enter, forward};
+use super::ingress::{done, onward};
 use super::parse::{Headers, Kind, Wire};
-use super::rewrite::{End, rewrite};
-use super::{Kernel, Outcome, Packet, Put, PutError, Reason, Tables, Verdict};
-use crate::maps::{Addr, Device, Flow, Frontend, FrontendKey, Side, Slot, SlotKey};
+use super::{FlowRef, Kernel, Outcome, Packet, Put, Reason, Tables, Verdict, affinity};
+use crate::affinity::scale;
+use crate::maps::{Addr, Device, Flow, FlowKey, Frontend, FrontendKey, Set, Side, Slot, SlotKey};
 
 /// Slots tried for a mid-flow packet whose entry was lost.
 const REPAIR_PROBES: u32 = 8;
@@ -21,38 +22,50 @@ pub(super) fn choose<A: Wire, P: Packet, K: Tables<A>>(
         return Verdict::Pass.raw();
     }
     let inside = is_inside(kernel);
-    let (set, drop) = if inside {
-        (frontend.internal, frontend.flags & Frontend::INTERNAL_DROP != 0)
-    } else {
-        (frontend.external, frontend.flags & Frontend::EXTERNAL_DROP != 0)
-    };
-    let hash = headers.key.hash(kernel.hash_seed());
+    let set = frontend.set(inside);
     if set.count == 0 {
-        let verdict =
-            if drop { Verdict::Drop(Reason::NoLocalEndpoint) } else { Verdict::Reject(Reason::NoEndpoint) };
+        let drop = if inside { Frontend::INTERNAL_DROP } else { Frontend::EXTERNAL_DROP };
+        let verdict = if frontend.flags & drop != 0 {
+            Verdict::Drop(Reason::NoLocalEndpoint)
+        } else {
+            Verdict::Reject(Reason::NoEndpoint)
+        };
         return verdict.raw();
     }
-    let slot = match kernel.slot(&SlotKey { set: set.id, index: pick(hash, set.count) }) {
+    let key = &headers.key;
+    if frontend.flags & Frontend::SOURCE_RANGES != 0 && !kernel.source_admitted(frontend.service, key.src) {
+        return Verdict::Drop(Reason::SourceRange).raw();
+    }
+    let slot = match pick(kernel, key, frontend, inside) {
         Some(slot) => slot,
         // The frontend was flipped to a new set, and the old one removed, between our two look-ups.
-        None => match again(kernel, headers, inside, hash) {
+        None => match again(kernel, key, inside) {
             Some(slot) => slot,
             None => return Verdict::Drop(Reason::SlotMissing).raw(),
         },
     };
-    let mut flow = new_flow(kernel, headers, frontend.service, slot);
-    let hairpin = slot.addr == headers.key.src;
+    let hairpin = slot.addr == key.src;
     let far = !inside && slot.flags & Slot::<A>::LOCAL == 0;
-    flow.flags |= if hairpin || far || frontend.flags & Frontend::MASQUERADE_ALWAYS != 0 {
+    let masquerade = if hairpin || far || frontend.flags & Frontend::MASQUERADE_ALWAYS != 0 {
         Flow::<A>::MASQ_NEEDED
     } else {
         Flow::<A>::MASQ_UNDECIDED
     };
-    if let Err(reason) = enter(kernel, &mut flow) {
-        return Verdict::Drop(reason).raw();
+    let Some(draft) = kernel.draft() else { return Verdict::Drop(Reason::SlotMissing).raw() };
+    draft.write(Flow {
+        backend: slot.addr,
+        backend_port: slot.port,
+        backend_id: slot.backend_id,
+        backend_epoch: slot.backend_epoch,
+        service: frontend.service,
+        flags: Flow::<A>::DNAT | masquerade,
+        ..Flow::straight(key, kernel.now())
+    });
+    let entered = enter(kernel, &draft);
+    if entered != Verdict::Pass.raw() {
+        return entered;
     }
-    kernel.count(Reason::NewFlow);
-    done(rewrite(packet, headers, End::Destination, flow.backend, flow.backend_port)).raw()
+    done(onward(packet, headers, draft.get())).raw()
 }
 
 /// Whether the packet comes from a pod of this node.
@@ -61,116 +74,29 @@ fn is_inside<K: Kernel>(kernel: &K) -> bool {
     kernel.device().is_some_and(|d| d.flags & Device::POD != 0)
 }
 
-/// Uniform for any count, without a division.
 #[inline(always)]
-fn pick(hash: u32, count: u32) -> u32 {
-    ((hash as u64 * count as u64) >> 32) as u32
-}
-
-#[inline(always)]
-fn again<'k, A: Addr, K: Tables<A>>(
+fn pick<'k, A: Addr, K: Tables<A>>(
     kernel: &'k K,
-    headers: &Headers<A>,
+    key: &FlowKey<A>,
+    frontend: &Frontend,
     inside: bool,
-    hash: u32,
 ) -> Option<&'k Slot<A>> {
-    let key = &headers.key;
+    let set = frontend.set(inside);
+    if frontend.affinity != 0 {
+        return affinity::slot(kernel, key, frontend, inside);
+    }
+    by_hash(kernel, key, set)
+}
+
+#[inline(always)]
+fn by_hash<'k, A: Addr, K: Tables<A>>(kernel: &'k K, key: &FlowKey<A>, set: Set) -> Option<&'k Slot<A>> {
+    kernel.slot(&SlotKey { set: set.id, index: scale(key.hash(kernel.hash_seed()), set.count) })
+}
+
+#[inline(always)]
+fn again<'k, A: Addr, K: Tables<A>>(kernel: &'k K, key: &FlowKey<A>, inside: bool) -> Option<&'k Slot<A>> {
     let frontend = kernel.frontend(&FrontendKey::new(key.dst, key.dport, key.proto))?;
-    let set = if inside { frontend.internal } else { frontend.external };
-    kernel.slot(&SlotKey { set: set.id, index: pick(hash, set.count) })
-}
-
-#[inline(always)]
-fn new_flow<A: Addr, K: Tables<A>>(
-    kernel: &K,
-    headers: &Headers<A>,
-    service: u32,
-    slot: &Slot<A>,
-) -> Flow<A> {
-    let key = &headers.key;
-    Flow {
-        client: key.src,
-        vip: key.dst,
-        backend: slot.addr,
-        masq: key.src,
-        client_port: key.sport,
-        vip_port: key.dport,
-        backend_port: slot.port,
-        masq_port: key.sport,
-        last_seen: kernel.now(),
-        backend_id: slot.backend_id,
-        backend_epoch: slot.backend_epoch,
-        service,
-        proto: key.proto,
-        side: 0,
-        flags: Flow::<A>::DNAT,
-        state: 0,
-        pad: 0,
-    }
-}
-
-/// Enters the three entries of a translated flow; the fourth comes when a port is taken for it. All or none: half of
-/// a flow that was refused would translate the replies of the one that it collided with.
-#[inline(always)]
-fn enter<A: Addr, K: Tables<A>>(kernel: &K, flow: &mut Flow<A>) -> Result<(), Reason> {
-    put(kernel, flow, Side::Reply)?;
-    if let Err(reason) = put(kernel, flow, Side::Forward) {
-        kernel.remove_flow(&flow.key(Side::Reply));
-        return Err(reason);
-    }
-    if let Err(reason) = put(kernel, flow, Side::Front) {
-        kernel.remove_flow(&flow.key(Side::Forward));
-        kernel.remove_flow(&flow.key(Side::Reply));
-        return Err(reason);
-    }
-    Ok(())
-}
-
-#[inline(always)]
-fn put<A: Addr, K: Tables<A>>(kernel: &K, flow: &mut Flow<A>, side: Side) -> Result<(), Reason> {
-    flow.side = side as u8;
-    let key = flow.key(side);
-    match kernel.put_flow(&key, flow, Put::New) {
-        Ok(()) => Ok(()),
-        Err(PutError::Full) => Err(Reason::FlowTableFull),
-        Err(PutError::Taken) => {
-            let Some(other) = kernel.flow(&key) else { return Err(Reason::Collision) };
-            let other = other.get();
-            // Our own from before (a half that outlived its other half), or a closed one's.
-            if other.same_origin(flow) || other.state & Flow::<A>::CLOSING != 0 || stale(kernel, other) {
-                kernel.put_flow(&key, flow, Put::Any).map_err(|_| Reason::FlowTableFull)
-            } else {
-                Err(Reason::Collision)
-            }
-        }
-    }
-}
-
-#[inline(always)]
-fn stale<A: Addr, K: Tables<A>>(kernel: &K, flow: &Flow<A>) -> bool {
-    flow.backend_id != 0 && kernel.backend_epoch(flow.backend_id) != flow.backend_epoch
-}
-
-/// Removes all entries of a flow. What another flow has taken over stays.
-#[inline(never)]
-pub(super) fn forget<A: Addr, K: Tables<A>>(kernel: &K, flow: &Flow<A>) {
-    // Its memory stays as it is until the program ends (RCU), though its own entry is among those that go.
-    let forward = flow.key(Side::Forward);
-    if let Some(entry) = kernel.flow(&forward) {
-        let entry = entry.get();
-        if entry.same_origin(flow) {
-            if entry.flags & Flow::<A>::MASQ_DONE != 0 {
-                let back = entry.key(Side::Back);
-                kernel.remove_flow(&back);
-            }
-            kernel.remove_flow(&forward);
-        }
-    }
-    let reply = flow.key(Side::Reply);
-    if kernel.flow(&reply).is_some_and(|entry| entry.get().same_origin(flow)) {
-        kernel.remove_flow(&reply);
-    }
-    kernel.remove_flow(&flow.key(Side::Front));
+    by_hash(kernel, key, frontend.set(inside))
 }
 
 /// A mid-flow packet without an entry. If the flow's other entries are there, the choice can be made again, because
@@ -183,33 +109,47 @@ pub(super) fn repair<A: Wire, P: Packet, K: Tables<A>>(
     headers: &Headers<A>,
     frontend: &Frontend,
 ) -> Outcome {
-    let set = if is_inside(kernel) { frontend.internal } else { frontend.external };
-    let first = pick(headers.key.hash(kernel.hash_seed()), set.count);
+    let Some(entry) = search(kernel, &headers.key, frontend) else {
+        if matches!(headers.kind, Kind::Tcp(_)) {
+            kernel.count(Reason::MidFlowPassed);
+        }
+        return Verdict::Pass.raw();
+    };
+    let Some(draft) = kernel.draft() else { return Verdict::Pass.raw() };
+    draft.write(entry.get().as_side(Side::Front));
+    if kernel.put_flow(&draft.get().key(Side::Front), draft.get(), Put::New).is_ok() {
+        kernel.count(Reason::Repaired);
+    }
+    done(onward(packet, headers, entry.get())).raw()
+}
+
+/// The flow's forward entry: by what the client was sent to last, by the backend that the tuple's hash says, and by a
+/// few neighbours in case that the set has changed.
+#[inline(never)]
+fn search<'k, A: Addr, K: Tables<A>>(
+    kernel: &'k K,
+    key: &FlowKey<A>,
+    frontend: &Frontend,
+) -> Option<FlowRef<'k, A>> {
+    let inside = is_inside(kernel);
+    if frontend.affinity != 0
+        && let Some(slot) = affinity::slot_again(kernel, key, frontend, inside)
+        && let Some(entry) = forward(kernel, key, slot, true)
+    {
+        return Some(entry);
+    }
+    let set = frontend.set(inside);
+    let first = scale(key.hash(kernel.hash_seed()), set.count);
     for i in 0..REPAIR_PROBES {
         if i >= set.count {
             break;
         }
         let index = first + i;
         let index = if index >= set.count { index - set.count } else { index };
-        let Some(slot) = kernel.slot(&SlotKey { set: set.id, index }) else { break };
-        let mut forward = headers.key;
-        (forward.dst, forward.dport) = (slot.addr, slot.port);
-        if let Some(entry) = kernel.flow(&forward) {
-            let flow = entry.get();
-            if flow.side == Side::Forward as u8
-                && flow.vip == headers.key.dst
-                && flow.vip_port == headers.key.dport
-            {
-                let front = flow.as_side(Side::Front);
-                if kernel.put_flow(&front.key(Side::Front), &front, Put::New).is_ok() {
-                    kernel.count(Reason::Repaired);
-                }
-                return done(rewrite(packet, headers, End::Destination, slot.addr, slot.port)).raw();
-            }
+        let slot = kernel.slot(&SlotKey { set: set.id, index })?;
+        if let Some(entry) = forward(kernel, key, slot, i == 0) {
+            return Some(entry);
         }
     }
-    if matches!(headers.kind, Kind::Tcp(_)) {
-        kernel.count(Reason::MidFlowPassed);
-    }
-    Verdict::Pass.raw()
+    None
 }

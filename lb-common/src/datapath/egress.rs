@@ -3,8 +3,8 @@
 use super::ingress::done;
 use super::masquerade;
 use super::parse::{Headers, Kind, NotOurs, Wire, parse};
-use super::rewrite::{End, rewrite};
-use super::{FlowRef, Packet, Put, Reason, Tables, Verdict, icmp_error};
+use super::rewrite::{End, new_port, rewrite};
+use super::{FlowRef, Packet, Put, Reason, Tables, Verdict, fragments, icmp_error};
 use crate::maps::{Addr, Flow, Side};
 
 /// A packet leaves by a device.
@@ -13,21 +13,27 @@ pub fn egress<A: Wire, P: Packet, K: Tables<A>>(packet: &mut P, kernel: &K) -> V
     let headers = match parse::<A, P>(packet) {
         Ok(headers) => headers,
         Err(NotOurs::Other) => return Verdict::Pass,
-        Err(NotOurs::Fragment) => {
-            kernel.count(Reason::FragmentPassed);
-            return Verdict::Pass;
-        }
+        Err(NotOurs::Fragment) => return Verdict::from_raw(fragments::later_at_egress(packet, kernel)),
     };
+    if headers.more_fragments != 0 {
+        fragments::first_at_egress(packet, kernel, &headers);
+    }
+    whole(packet, kernel, &headers)
+}
+
+#[inline(always)]
+fn whole<A: Wire, P: Packet, K: Tables<A>>(packet: &mut P, kernel: &K, headers: &Headers<A>) -> Verdict {
     if headers.kind == Kind::IcmpError {
-        return Verdict::from_raw(icmp_error::at_egress(packet, kernel, &headers));
+        let Some(headers) = kernel.launder(headers) else { return Verdict::Pass };
+        return Verdict::from_raw(icmp_error::at_egress(packet, kernel, headers));
     }
     let found = kernel.flow(&headers.key);
     if let Some(entry) = &found
-        && let Some(verdict) = known(packet, kernel, &headers, entry)
+        && let Some(verdict) = known(packet, kernel, headers, entry)
     {
         return verdict;
     }
-    let Some(headers) = kernel.launder(&headers) else { return Verdict::Pass };
+    let Some(headers) = kernel.launder(headers) else { return Verdict::Pass };
     let entry = match found {
         Some(entry) => entry,
         None => match missing(kernel, headers) {
@@ -67,27 +73,38 @@ fn known<A: Wire, P: Packet, K: Tables<A>>(
     entry: &FlowRef<'_, A>,
 ) -> Option<Verdict> {
     let flow = entry.get();
-    let (addr, port) = match Side::from_raw(flow.side) {
-        Some(Side::Reply) => (flow.vip, flow.vip_port),
+    match Side::from_raw(flow.side) {
+        Some(Side::Reply) => {
+            entry.seen(kernel.now(), headers.state() | Flow::<A>::SEEN);
+            Some(done(back(packet, headers, flow)))
+        }
         Some(Side::Forward) if flow.flags & Flow::<A>::MASQ_DONE != 0 => {
             if entry.seen(kernel.now(), headers.state() | Flow::<A>::SEEN) {
                 masquerade::renew(kernel, flow);
             }
-            return Some(done(rewrite(packet, headers, End::Source, flow.masq, flow.masq_port)));
+            Some(done(rewrite(packet, headers, End::Source, flow.masq, flow.masq_port)))
+        }
+        Some(Side::Forward) if flow.flags & (Flow::<A>::MASQ_NEEDED | Flow::<A>::MASQ_UNDECIDED) == 0 => {
+            entry.seen(kernel.now(), headers.state() | Flow::<A>::SEEN);
+            Some(Verdict::Pass)
         }
         Some(Side::Forward) => {
-            if flow.flags & (Flow::<A>::MASQ_NEEDED | Flow::<A>::MASQ_UNDECIDED) == 0 {
-                entry.seen(kernel.now(), headers.state() | Flow::<A>::SEEN);
-                return Some(Verdict::Pass);
-            }
             entry.seen(kernel.now(), headers.state());
-            return None;
+            None
         }
         // Entries of the ingress hook: a packet that has not been through it.
-        Some(Side::Front | Side::Back) | None => return Some(Verdict::Pass),
-    };
-    entry.seen(kernel.now(), headers.state() | Flow::<A>::SEEN);
-    Some(done(rewrite(packet, headers, End::Source, addr, port)))
+        Some(Side::Front | Side::Back) | None => Some(Verdict::Pass),
+    }
+}
+
+/// A backend's packet becomes the Service's, to the port that the client knows as its own.
+#[inline(always)]
+fn back<A: Wire, P: Packet>(packet: &mut P, headers: &Headers<A>, flow: &Flow<A>) -> Result<(), Reason> {
+    rewrite(packet, headers, End::Source, flow.vip, flow.vip_port)?;
+    if flow.client_port != headers.key.dport {
+        new_port(packet, headers, End::Destination, flow.client_port)?;
+    }
+    Ok(())
 }
 
 /// The entry is missing: if it belongs to a translated flow, the entry of the other direction tells. (A reply that

@@ -54,19 +54,41 @@ fn translate<A: Wire, P: Packet, K: Tables<A>>(
     }
     let Some(entry) = kernel.flow(&quoted.key.reversed()) else { return Verdict::Pass };
     let flow = entry.get();
-    let new = match (end, Side::from_raw(flow.side)) {
-        (End::Destination, Some(Side::Front)) => (flow.backend, flow.backend_port),
-        (End::Destination, Some(Side::Back)) => (flow.client, flow.client_port),
-        (End::Source, Some(Side::Reply)) => (flow.vip, flow.vip_port),
+    // The last is the port at the quoted packet's other end, which differs where the flow has an alias.
+    let (addr, port, other) = match (end, Side::from_raw(flow.side)) {
+        (End::Destination, Some(Side::Front)) => (flow.backend, flow.backend_port, flow.alias_port),
+        (End::Destination, Some(Side::Back)) => (flow.client, flow.alias_port, quoted.key.sport),
+        (End::Source, Some(Side::Reply)) => (flow.vip, flow.vip_port, flow.client_port),
         (End::Source, Some(Side::Forward)) if flow.flags & Flow::<A>::MASQ_DONE != 0 => {
-            (flow.masq, flow.masq_port)
+            (flow.masq, flow.masq_port, quoted.key.dport)
         }
         _ => return Verdict::Pass,
     };
     // To a masqueraded flow the whole error belongs, whoever sent it: its sender may be on no way that the receiver's
     // reverse path filter accepts. (netfilter does the same.)
     let always = matches!(end, End::Source) && flow.side == Side::Forward as u8;
-    done(apply(packet, outer, &quoted, (at, until), (end, always), new))
+    let result = apply(packet, outer, &quoted, (at, until), (end, always), (addr, port));
+    let (_, known) = end.of(&quoted);
+    if result.is_ok() && other != known && quoted.kind != Kind::EchoRequest && quoted.kind != Kind::EchoReply
+    {
+        return done(alias(packet, outer, &quoted, (until, end, other)));
+    }
+    done(result)
+}
+
+/// Puts the port of the client's own into the quoted packet, or the alias.
+#[inline(always)]
+fn alias<A: Wire, P: Packet>(
+    packet: &mut P,
+    outer: &Headers<A>,
+    quoted: &Headers<A>,
+    (until, end, port): (usize, End, NetPort),
+) -> Result<(), Reason> {
+    let (_, old) = end.of(quoted);
+    let change = Sum::diff16(old.wire(), port.wire());
+    packet.store(quoted.l4 + end.port_offset(quoted.kind), &port)?;
+    let total = change.plus(transport(packet, quoted, until, change)?);
+    icmp_checksum(packet, outer, total)
 }
 
 #[inline(always)]
@@ -96,24 +118,39 @@ fn apply<A: Wire, P: Packet>(
         Kind::EchoRequest | Kind::EchoReply if A::IS_V4 => port_change,
         _ => addr_change.plus(port_change),
     };
-    // Only the first eight bytes are sure to be quoted; TCP's checksum lies behind them. What lies behind the packet's
-    // end is padding, which the outer checksum does not cover.
-    let checksum = quoted.l4 + checksum_offset(quoted.kind);
-    if checksum + 2 <= until
-        && packet.load::<u16>(checksum).is_some_and(|c| c != 0 || quoted.kind != Kind::Udp)
-    {
-        total = total.plus(patch(packet, checksum, covered)?);
-    }
-    packet.l4_checksum(
-        outer.l4 + checksum_offset(outer.kind),
-        total,
-        Covered { pseudo_header: false, zero_is_none: false },
-    )?;
+    total = total.plus(transport(packet, quoted, until, covered)?);
+    icmp_checksum(packet, outer, total)?;
     let (outer_addr, outer_port) = end.of(outer);
     if always || outer_addr == old_addr {
         rewrite(packet, outer, end, addr, outer_port)?;
     }
     Ok(())
+}
+
+/// Applies a change to the quoted packet's transport checksum, and returns what that changes.
+///
+/// Only the first eight bytes are sure to be quoted; TCP's checksum lies behind them. What lies behind the packet's
+/// end is padding, which the outer checksum does not cover.
+#[inline(always)]
+fn transport<A: Wire, P: Packet>(
+    packet: &mut P,
+    quoted: &Headers<A>,
+    until: usize,
+    change: Sum,
+) -> Result<Sum, Reason> {
+    let checksum = quoted.l4 + checksum_offset(quoted.kind);
+    if checksum + 2 <= until
+        && packet.load::<u16>(checksum).is_some_and(|c| c != 0 || quoted.kind != Kind::Udp)
+    {
+        return patch(packet, checksum, change);
+    }
+    Ok(Sum(0))
+}
+
+#[inline(always)]
+fn icmp_checksum<A: Wire, P: Packet>(packet: &mut P, outer: &Headers<A>, change: Sum) -> Result<(), Reason> {
+    let covered = Covered { pseudo_header: false, zero_is_none: false };
+    packet.l4_checksum(outer.l4 + checksum_offset(outer.kind), change, covered)
 }
 
 /// Updates a quoted checksum and returns by how much it changed.

@@ -1,11 +1,11 @@
 //! The ingress hook: destinations.
 
-use super::choose::{choose, forget, repair};
+use super::choose::{choose, repair};
+use super::enter::{LOOK_ON, forget, stale, straight};
 use super::parse::{Headers, Kind, NotOurs, Wire, parse};
-use super::rewrite::{End, rewrite};
-use super::{FlowRef, Packet, Reason, Tables, Verdict, icmp_error};
-use crate::addr::NetPort;
-use crate::maps::{Addr, Flow, FrontendKey, Side};
+use super::rewrite::{End, new_port, rewrite};
+use super::{FlowRef, Packet, Reason, Tables, Verdict, fragments, icmp_error};
+use crate::maps::{Addr, Flow, Frontend, FrontendKey, Side};
 
 /// A packet comes in on a device.
 #[inline(always)]
@@ -13,27 +13,38 @@ pub fn ingress<A: Wire, P: Packet, K: Tables<A>>(packet: &mut P, kernel: &K) -> 
     let headers = match parse::<A, P>(packet) {
         Ok(headers) => headers,
         Err(NotOurs::Other) => return Verdict::Pass,
-        Err(NotOurs::Fragment) => {
-            kernel.count(Reason::FragmentPassed);
-            return Verdict::Pass;
-        }
+        Err(NotOurs::Fragment) => return Verdict::from_raw(fragments::later_at_ingress(packet, kernel)),
     };
-    if headers.kind == Kind::IcmpError {
-        return Verdict::from_raw(icmp_error::at_ingress(packet, kernel, &headers));
+    if headers.more_fragments != 0 {
+        fragments::first_at_ingress(packet, kernel, &headers);
     }
-    if let Some(entry) = kernel.flow(&headers.key)
-        && let Some((addr, port)) = known(kernel, &headers, &entry)
-    {
-        return done(rewrite(packet, &headers, End::Destination, addr, port));
+    whole(packet, kernel, &headers)
+}
+
+#[inline(always)]
+fn whole<A: Wire, P: Packet, K: Tables<A>>(packet: &mut P, kernel: &K, headers: &Headers<A>) -> Verdict {
+    if headers.kind == Kind::IcmpError {
+        let Some(headers) = kernel.launder(headers) else { return Verdict::Pass };
+        return Verdict::from_raw(icmp_error::at_ingress(packet, kernel, headers));
+    }
+    if let Some(entry) = kernel.flow(&headers.key) {
+        match known(kernel, headers, &entry) {
+            Known::Translate => return done(onward(packet, headers, entry.get())),
+            Known::Untouched => return Verdict::Pass,
+            Known::Straight => match straight(packet, kernel, headers, entry.get()) {
+                LOOK_ON => {}
+                outcome => return Verdict::from_raw(outcome),
+            },
+            Known::Over => {}
+        }
     }
     let front = FrontendKey::new(headers.key.dst, headers.key.dport, headers.key.proto);
-    let Some(frontend) = kernel.frontend(&front) else {
-        return not_a_service(kernel, &headers);
-    };
+    let Some(frontend) = kernel.frontend(&front) else { return not_a_service(kernel, headers) };
+    let Some(headers) = kernel.launder(headers) else { return Verdict::Pass };
     Verdict::from_raw(if headers.starts_flow() {
-        choose(packet, kernel, &headers, frontend)
+        choose(packet, kernel, headers, frontend)
     } else {
-        repair(packet, kernel, &headers, frontend)
+        repair(packet, kernel, headers, frontend)
     })
 }
 
@@ -45,58 +56,83 @@ pub(super) fn done(result: Result<(), Reason>) -> Verdict {
     }
 }
 
-/// The new destination that a flow entry says, if it says one here and still holds.
+/// What an entry is to a packet that comes in.
+enum Known {
+    /// It says the new destination.
+    Translate,
+    /// A flow whose destination is not translated, or not that way.
+    Untouched,
+    /// Sent to a backend that a Service's flow with the same tuple has, too.
+    Straight,
+    /// A flow that is over: this may be a new one.
+    Over,
+}
+
 #[inline(always)]
-fn known<A: Addr, K: Tables<A>>(
-    kernel: &K,
-    headers: &Headers<A>,
-    entry: &FlowRef<'_, A>,
-) -> Option<(A, NetPort)> {
+fn known<A: Addr, K: Tables<A>>(kernel: &K, headers: &Headers<A>, entry: &FlowRef<'_, A>) -> Known {
     let flow = entry.get();
     match Side::from_raw(flow.side) {
         Some(Side::Front) => {
-            if flow.backend_id != 0 && kernel.backend_epoch(flow.backend_id) != flow.backend_epoch {
+            if stale(kernel, flow) {
                 kernel.count(Reason::BackendGone);
                 forget(kernel, flow);
-                return None;
+                return Known::Over;
             }
             if flow.state & Flow::<A>::CLOSING != 0 && headers.starts_flow() {
                 // The connection was closed and its port is used again.
                 forget(kernel, flow);
-                return None;
+                return Known::Over;
             }
             entry.seen(kernel.now(), headers.state() | Flow::<A>::SEEN);
-            Some((flow.backend, flow.backend_port))
+            Known::Translate
         }
         Some(Side::Back) => {
             entry.seen(kernel.now(), headers.state() | Flow::<A>::SEEN);
-            // An echo's identifier is the source port of the request and the destination port of the reply.
-            Some((flow.client, flow.client_port))
+            Known::Translate
         }
-        Some(Side::Forward) => {
-            // Direct to a backend, with the port of a connection through a Service that is over: its entries must not
-            // translate this one's replies.
-            if flow.flags & Flow::<A>::DNAT != 0
-                && flow.state & Flow::<A>::CLOSING != 0
-                && headers.starts_flow()
-            {
-                forget(kernel, flow);
-            }
-            None
-        }
-        // An entry of the egress hook: a backend's reply on its way through.
-        Some(Side::Reply) | None => None,
+        // Entries of the egress hook.
+        Some(Side::Forward) if flow.flags & Flow::<A>::DNAT != 0 => Known::Straight,
+        Some(Side::Forward) if headers.starts_flow() => Known::Over,
+        Some(Side::Forward) => Known::Untouched,
+        // A backend's reply on its way through.
+        Some(Side::Reply) => Known::Untouched,
+        None => Known::Over,
     }
 }
 
-/// Nothing that we serve. One thing must not reach the node's own stack: a reply to a masquerade port whose entry
-/// was lost, which the node would reset. Dropped, it is sent again and finds the entry that the next packet the
-/// other way has made anew.
+/// Sends a packet on to where its flow goes, with the client's port that the flow has there.
+#[inline(always)]
+pub(super) fn onward<A: Wire, P: Packet>(
+    packet: &mut P,
+    headers: &Headers<A>,
+    flow: &Flow<A>,
+) -> Result<(), Reason> {
+    if flow.side == Side::Back as u8 {
+        // An echo's identifier is the source port of the request and the destination port of the reply.
+        return rewrite(packet, headers, End::Destination, flow.client, flow.alias_port);
+    }
+    rewrite(packet, headers, End::Destination, flow.backend, flow.backend_port)?;
+    if flow.alias_port != headers.key.sport {
+        new_port(packet, headers, End::Source, flow.alias_port)?;
+    }
+    Ok(())
+}
+
+/// Nothing that we serve. Two things must not go on, though: a packet to a ClusterIP, whose address is nobody's, and
+/// a reply to a masquerade port whose entry was lost, which the node would reset. (Dropped, it is sent again and finds
+/// the entry that the next packet the other way has made anew.)
 #[inline(always)]
 fn not_a_service<A: Addr, K: Tables<A>>(kernel: &K, headers: &Headers<A>) -> Verdict {
+    if headers.starts_flow() {
+        return if headers.kind != Kind::EchoRequest && refused_port(kernel, headers.key.dst) {
+            Verdict::Reject(Reason::NoSuchPort)
+        } else {
+            Verdict::Pass
+        };
+    }
     let (first, last) = kernel.masquerade_ports();
     let port = headers.key.dport.get();
-    if !matches!(headers.kind, Kind::Tcp(_)) || headers.starts_flow() || port < first || port > last {
+    if !matches!(headers.kind, Kind::Tcp(_)) || port < first || port > last {
         return Verdict::Pass;
     }
     let ours = kernel.device().is_some_and(|d| A::masquerade_addr(d) == headers.key.dst);
@@ -105,4 +141,13 @@ fn not_a_service<A: Addr, K: Tables<A>>(kernel: &K, headers: &Headers<A>) -> Ver
     } else {
         Verdict::Pass
     }
+}
+
+/// Whether the address is a ClusterIP, so that what is sent to a port that it does not have is refused.
+#[inline(always)]
+fn refused_port<A: Addr, K: Tables<A>>(kernel: &K, addr: A) -> bool {
+    kernel.cluster_ips().is_some_and(|range| addr.is_in(range))
+        && kernel
+            .frontend(&FrontendKey::address(addr))
+            .is_some_and(|frontend| frontend.flags & Frontend::REJECT_OTHER_PORTS != 0)
 }

@@ -2,6 +2,7 @@
 
 use super::ingress::done;
 use super::parse::{Headers, Kind, Wire, tcp_flags};
+use super::ports::Ports;
 use super::rewrite::{End, rewrite};
 use super::{FlowRef, Outcome, Packet, Put, PutError, Reason, Tables, Verdict};
 use crate::addr::NetPort;
@@ -21,31 +22,15 @@ pub(super) fn new_flow<A: Wire, P: Packet, K: Tables<A>>(
     if !starts(headers) || !wanted(kernel, headers, device) {
         return Verdict::Pass.raw();
     }
-    let key = &headers.key;
-    let mut flow = Flow {
-        client: key.src,
-        vip: key.dst,
-        backend: key.dst,
-        masq: key.src,
-        client_port: key.sport,
-        vip_port: key.dport,
-        backend_port: key.dport,
-        masq_port: key.sport,
-        last_seen: kernel.now(),
-        backend_id: 0,
-        backend_epoch: 0,
-        service: 0,
-        proto: key.proto,
-        side: 0,
-        flags: 0,
-        state: 0,
-        pad: 0,
-    };
-    if let Err(reason) = take_port(kernel, &mut flow, device) {
-        return Verdict::Drop(reason).raw();
+    let Some(draft) = kernel.draft() else { return Verdict::Pass.raw() };
+    draft.write(Flow::straight(&headers.key, kernel.now()));
+    let taken = take_port(kernel, &draft, device);
+    if taken != Verdict::Pass.raw() {
+        return taken;
     }
-    flow.side = Side::Forward as u8;
-    if kernel.put_flow(key, &flow, Put::Any).is_err() {
+    let forward = draft.turn(Side::Forward);
+    let flow = draft.get();
+    if kernel.put_flow(&forward, flow, Put::Any).is_err() {
         kernel.remove_flow(&flow.key(Side::Back));
         return Verdict::Drop(Reason::FlowTableFull).raw();
     }
@@ -61,15 +46,19 @@ pub(super) fn decide<A: Wire, P: Packet, K: Tables<A>>(
     headers: &Headers<A>,
     entry: &FlowRef<'_, A>,
 ) -> Outcome {
-    let mut flow = *entry.get();
+    let flow = entry.get();
     let Some(device) = kernel.device() else { return Verdict::Pass.raw() };
     if flow.flags & Flow::<A>::MASQ_NEEDED == 0 && !wanted(kernel, headers, device) {
         entry.set_masquerade(flow.flags & Flow::<A>::DNAT, flow.client, flow.client_port);
         return Verdict::Pass.raw();
     }
-    if let Err(reason) = take_port(kernel, &mut flow, device) {
-        return Verdict::Drop(reason).raw();
+    let Some(draft) = kernel.draft() else { return Verdict::Pass.raw() };
+    draft.write(*flow);
+    let taken = take_port(kernel, &draft, device);
+    if taken != Verdict::Pass.raw() {
+        return taken;
     }
+    let flow = draft.get();
     entry.set_masquerade(flow.flags, flow.masq, flow.masq_port);
     done(rewrite(packet, headers, End::Source, flow.masq, flow.masq_port)).raw()
 }
@@ -110,42 +99,34 @@ fn wanted<A: Addr, K: Tables<A>>(kernel: &K, headers: &Headers<A>, device: &Devi
 ///
 /// The candidates follow from the hash of the tuple. So a flow whose forward entry was lost finds its own port
 /// again: the first candidate that is taken by itself.
-#[inline(always)]
-fn take_port<A: Addr, K: Tables<A>>(kernel: &K, flow: &mut Flow<A>, device: &Device) -> Result<(), Reason> {
+#[inline(never)]
+fn take_port<A: Addr, K: Tables<A>>(kernel: &K, draft: &FlowRef<'_, A>, device: &Device) -> Outcome {
     let addr = A::masquerade_addr(device);
     if addr == A::default() {
-        return Err(Reason::NoMasqueradeAddress);
+        return Verdict::Drop(Reason::NoMasqueradeAddress).raw();
     }
-    let (first, last) = kernel.masquerade_ports();
-    let span = u32::from(last).wrapping_sub(u32::from(first)).wrapping_add(1);
-    let hash = flow.key(Side::Forward).hash(kernel.hash_seed());
-    // An odd stride spreads the tries of neighbours that start at the same candidate.
-    let stride = (hash >> 16) | 1;
-    flow.masq = addr;
-    flow.flags = flow.flags & Flow::<A>::DNAT | Flow::<A>::MASQ_DONE;
-    flow.side = Side::Back as u8;
-    flow.state = 0;
-    let mut at = hash;
+    let mut ports = Ports::new(kernel, &draft.get().key(Side::Forward));
+    draft.masquerade(addr);
     for _ in 0..PORT_TRIES {
-        at = at.wrapping_add(stride.wrapping_mul(0x9e37_79b1));
-        let port = first.wrapping_add(((at as u64 * span as u64) >> 32) as u16);
+        let port = ports.next();
         if kernel.port_reserved(port) {
             continue;
         }
-        flow.masq_port = NetPort::new(port);
+        draft.set_masq_port(NetPort::new(port));
+        let flow = draft.get();
         let back = flow.key(Side::Back);
         if flow.proto != A::ICMP && kernel.socket_wants(&back) {
             continue;
         }
         match kernel.put_flow(&back, flow, Put::New) {
-            Ok(()) => return Ok(()),
-            Err(PutError::Full) => return Err(Reason::FlowTableFull),
+            Ok(()) => return Verdict::Pass.raw(),
+            Err(PutError::Full) => return Verdict::Drop(Reason::FlowTableFull).raw(),
             Err(PutError::Taken) => {
                 if kernel.flow(&back).is_some_and(|other| other.get().same_origin(flow)) {
-                    return Ok(());
+                    return Verdict::Pass.raw();
                 }
             }
         }
     }
-    Err(Reason::MasqueradePortsExhausted)
+    Verdict::Drop(Reason::MasqueradePortsExhausted).raw()
 }

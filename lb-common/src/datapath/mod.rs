@@ -3,12 +3,16 @@
 //! One rule: an ingress hook may rewrite a packet's destination, an egress hook its source; nothing else. See
 //! `docs/design.md`. Generic over the family ([`Addr`]), the packet ([`Packet`]) and what surrounds it ([`Kernel`]).
 
+mod affinity;
 mod choose;
 mod egress;
+mod enter;
+mod fragments;
 mod icmp_error;
 mod ingress;
 mod masquerade;
 mod parse;
+mod ports;
 mod reject;
 mod rewrite;
 #[cfg(test)]
@@ -16,7 +20,10 @@ mod tests;
 
 use crate::addr::NetPort;
 use crate::checksum::Sum;
-use crate::maps::{Addr, Device, Flow, FlowKey, Frontend, FrontendKey, Slot, SlotKey};
+use crate::maps::{
+    Addr, Affinity, AffinityKey, Device, Flow, FlowKey, Fragment, FragmentKey, Frontend, FrontendKey, Range,
+    Side, Slot, SlotKey,
+};
 use bytemuck::Pod;
 use core::marker::PhantomData;
 use core::ptr::NonNull;
@@ -74,6 +81,10 @@ pub enum Reason {
     NoEndpoint = 0,
     /// A `Local` policy and no endpoint here: dropped.
     NoLocalEndpoint,
+    /// Sent to a port that the ClusterIP does not have: rejected.
+    NoSuchPort,
+    /// The client is not in `loadBalancerSourceRanges`: dropped.
+    SourceRange,
     /// The flow table is full: a new flow was dropped.
     FlowTableFull,
     /// No free port to masquerade to: dropped.
@@ -90,9 +101,11 @@ pub enum Reason {
     Malformed,
     /// The kernel would not make room for a rejection: dropped.
     RejectFailed,
+    /// The first fragment of the datagram was dropped: so were the others.
+    FragmentDropped,
     /// Not dropped: a mid-flow TCP packet to a frontend without a flow was left to the host.
     MidFlowPassed,
-    /// Not dropped: a later fragment was left to the host.
+    /// Not dropped: a later fragment came without a first one and was left to the host.
     FragmentPassed,
     /// Not dropped: a lost flow entry was made again from another.
     Repaired,
@@ -104,9 +117,11 @@ pub enum Reason {
 
 impl Reason {
     /// All of them, in the counters' order.
-    pub const ALL: [Self; 15] = [
+    pub const ALL: [Self; 18] = [
         Self::NoEndpoint,
         Self::NoLocalEndpoint,
+        Self::NoSuchPort,
+        Self::SourceRange,
         Self::FlowTableFull,
         Self::MasqueradePortsExhausted,
         Self::NoMasqueradeAddress,
@@ -115,6 +130,7 @@ impl Reason {
         Self::Collision,
         Self::Malformed,
         Self::RejectFailed,
+        Self::FragmentDropped,
         Self::MidFlowPassed,
         Self::FragmentPassed,
         Self::Repaired,
@@ -129,18 +145,21 @@ impl Reason {
         match index {
             0 => Self::NoEndpoint,
             1 => Self::NoLocalEndpoint,
-            2 => Self::FlowTableFull,
-            3 => Self::MasqueradePortsExhausted,
-            4 => Self::NoMasqueradeAddress,
-            5 => Self::UnknownMasquerade,
-            6 => Self::SlotMissing,
-            7 => Self::Collision,
-            9 => Self::RejectFailed,
-            10 => Self::MidFlowPassed,
-            11 => Self::FragmentPassed,
-            12 => Self::Repaired,
-            13 => Self::NewFlow,
-            14 => Self::BackendGone,
+            2 => Self::NoSuchPort,
+            3 => Self::SourceRange,
+            4 => Self::FlowTableFull,
+            5 => Self::MasqueradePortsExhausted,
+            6 => Self::NoMasqueradeAddress,
+            7 => Self::UnknownMasquerade,
+            8 => Self::SlotMissing,
+            9 => Self::Collision,
+            11 => Self::RejectFailed,
+            12 => Self::FragmentDropped,
+            13 => Self::MidFlowPassed,
+            14 => Self::FragmentPassed,
+            15 => Self::Repaired,
+            16 => Self::NewFlow,
+            17 => Self::BackendGone,
             _ => Self::Malformed,
         }
     }
@@ -150,6 +169,8 @@ impl Reason {
         match self {
             Self::NoEndpoint => "no_endpoint",
             Self::NoLocalEndpoint => "no_local_endpoint",
+            Self::NoSuchPort => "no_such_port",
+            Self::SourceRange => "source_range",
             Self::FlowTableFull => "flow_table_full",
             Self::MasqueradePortsExhausted => "masquerade_ports_exhausted",
             Self::NoMasqueradeAddress => "no_masquerade_address",
@@ -158,6 +179,7 @@ impl Reason {
             Self::Collision => "collision",
             Self::Malformed => "malformed",
             Self::RejectFailed => "reject_failed",
+            Self::FragmentDropped => "fragment_dropped",
             Self::MidFlowPassed => "mid_flow_passed",
             Self::FragmentPassed => "fragment_passed",
             Self::Repaired => "repaired",
@@ -212,6 +234,10 @@ pub trait Kernel {
     fn backend_epoch(&self, id: u32) -> u32;
     /// Whether the node reserves that port (host order).
     fn port_reserved(&self, port: u16) -> bool;
+    /// What a client was sent to last.
+    fn affinity(&self, key: &AffinityKey) -> Option<&Affinity>;
+    /// Remembers it. False if there is no room.
+    fn put_affinity(&self, key: &AffinityKey, affinity: &Affinity) -> bool;
     /// The same value, but the verifier does not know how it came about: one state to verify from there on, not one for
     /// each way through the parser. One value at a time; `None` only in theory.
     #[inline(always)]
@@ -224,6 +250,8 @@ pub trait Kernel {
 pub trait Tables<A: Addr>: Kernel {
     /// Looks a flow entry up.
     fn flow(&self, key: &FlowKey<A>) -> Option<FlowRef<'_, A>>;
+    /// A place to make a flow up in before it is entered: there is one, and little room on the stack.
+    fn draft(&self) -> Option<FlowRef<'_, A>>;
     /// Enters a flow entry.
     fn put_flow(&self, key: &FlowKey<A>, flow: &Flow<A>, how: Put) -> Result<(), PutError>;
     /// Removes a flow entry if it is there.
@@ -236,6 +264,17 @@ pub trait Tables<A: Addr>: Kernel {
     fn cidr(&self, addr: A) -> u32;
     /// Whether a socket of the node would take a packet with this tuple.
     fn socket_wants(&self, key: &FlowKey<A>) -> bool;
+    /// Whether a TCP socket in that network namespace (its id as the node has it) has a connection with this tuple, as
+    /// its peer sends.
+    fn connected(&self, key: &FlowKey<A>, netns: u32) -> bool;
+    /// The range of all ClusterIPs.
+    fn cluster_ips(&self) -> Option<&Range<A>>;
+    /// Whether a Service port's `loadBalancerSourceRanges` admit a client.
+    fn source_admitted(&self, service: u32, client: A) -> bool;
+    /// A datagram's first fragment.
+    fn fragment(&self, key: &FragmentKey<A>) -> Option<&Fragment>;
+    /// Remembers it. Best effort: the table is an LRU one.
+    fn put_fragment(&self, key: &FragmentKey<A>, fragment: &Fragment);
 }
 
 /// How to enter a flow entry.
@@ -295,6 +334,48 @@ impl<'a, A: Addr> FlowRef<'a, A> {
             }
             first
         }
+    }
+
+    /// Makes the draft up.
+    #[inline(always)]
+    pub fn write(&self, flow: Flow<A>) {
+        // SAFETY: see `new`.
+        unsafe { self.at.as_ptr().write(flow) }
+    }
+
+    /// Changes the draft's side, and says under which key it is entered then.
+    #[inline(always)]
+    pub fn turn(&self, side: Side) -> FlowKey<A> {
+        // SAFETY: see `new`.
+        unsafe { (*self.at.as_ptr()).side = side as u8 };
+        self.get().key(side)
+    }
+
+    /// Makes the draft [`Side::Back`] of a flow that is masqueraded to `addr`.
+    #[inline(always)]
+    pub fn masquerade(&self, addr: A) {
+        let flow = self.at.as_ptr();
+        // SAFETY: see `new`.
+        unsafe {
+            (*flow).masq = addr;
+            (*flow).flags = (*flow).flags & Flow::<A>::DNAT | Flow::<A>::MASQ_DONE;
+            (*flow).side = Side::Back as u8;
+            (*flow).state = 0;
+        }
+    }
+
+    /// The port that the draft is masqueraded to.
+    #[inline(always)]
+    pub fn set_masq_port(&self, port: NetPort) {
+        // SAFETY: see `new`.
+        unsafe { (*self.at.as_ptr()).masq_port = port };
+    }
+
+    /// Gives the draft's client another port in front of the backend.
+    #[inline(always)]
+    pub fn set_alias(&self, port: NetPort) {
+        // SAFETY: see `new`.
+        unsafe { (*self.at.as_ptr()).alias_port = port };
     }
 
     /// Notes the outcome of the masquerade decision.

@@ -1,14 +1,14 @@
 //! From bytes to a tuple. Bounded, and never past the end.
 
-use super::Packet;
+use super::{Packet, fragments};
 use crate::addr::{Ip4, Ip6, NetPort};
 use crate::checksum::Sum;
-use crate::maps::{Addr, FlowKey};
+use crate::maps::{Addr, FlowKey, FragmentKey};
 use bytemuck::{Pod, Zeroable};
 
 /// Length of the Ethernet header.
 pub(super) const ETH: usize = 14;
-const TCP: u8 = 6;
+pub(super) const TCP: u8 = 6;
 const UDP: u8 = 17;
 
 /// What a packet is to us.
@@ -37,6 +37,9 @@ pub(super) struct Headers<A> {
     pub(super) kind: Kind,
     /// Offset of the transport header.
     pub(super) l4: usize,
+    /// Not zero if fragments without ports follow. A number as it is in the packet rather than a condition, of which
+    /// the verifier would follow both ways.
+    pub(super) more_fragments: u16,
 }
 
 /// Why there are no [`Headers`].
@@ -106,6 +109,7 @@ pub(super) struct IpHeader<A> {
     pub(super) len: usize,
     /// Whether `len` is the plain header's, so that the transport header's offset is a constant.
     pub(super) plain: bool,
+    pub(super) more_fragments: u16,
 }
 
 /// The part of the family that is about bytes.
@@ -124,6 +128,8 @@ pub trait Wire: Addr {
     fn header(src: Self, dst: Self, proto: u8, payload: u16, ttl: u8) -> Self::Header;
     /// Where a packet ends, by the length in its header: padding may follow.
     fn end<P: Packet>(packet: &P) -> Option<usize>;
+    /// What the fragments of the packet's datagram have in common.
+    fn fragment_key<P: Packet>(packet: &P, hook: u8) -> Option<FragmentKey<Self>>;
     /// The sum over the plain header of a packet.
     fn sum_header<P: Packet>(packet: &P) -> Option<Sum>;
     #[doc(hidden)]
@@ -178,6 +184,12 @@ impl Wire for Ip4 {
     }
 
     #[inline(always)]
+    fn fragment_key<P: Packet>(packet: &P, hook: u8) -> Option<FragmentKey<Self>> {
+        let ip: Ipv4Header = packet.load(ETH)?;
+        Some(fragments::key(ip.src, ip.dst, u32::from(ip.id), ip.proto, hook))
+    }
+
+    #[inline(always)]
     fn sum_header<P: Packet>(_: &P) -> Option<Sum> {
         // A header with a valid checksum sums up to zero.
         Some(Sum(0))
@@ -197,7 +209,15 @@ impl Wire for Ip4 {
         if too_short(ip.total_len, len) {
             return Err(NotOurs::Other);
         }
-        Ok(IpHeader { src: ip.src, dst: ip.dst, proto: ip.proto, len, plain: len == Self::HEADER })
+        let more_fragments = ip.fragment & 0x2000u16.to_be();
+        Ok(IpHeader {
+            src: ip.src,
+            dst: ip.dst,
+            proto: ip.proto,
+            len,
+            plain: len == Self::HEADER,
+            more_fragments,
+        })
     }
 }
 
@@ -226,6 +246,26 @@ impl Wire for Ip6 {
     }
 
     #[inline(always)]
+    fn fragment_key<P: Packet>(packet: &P, hook: u8) -> Option<FragmentKey<Self>> {
+        let ip: Ipv6Header = packet.load(ETH)?;
+        let (mut next, mut at) = (ip.next, ETH + Self::HEADER);
+        // Hop-by-hop options, a routing header, destination options: no more may come before it.
+        for _ in 0..4 {
+            let ext: [u8; 8] = packet.load(at & MAX_HEADER)?;
+            if next == 44 {
+                let id = u32::from_ne_bytes([ext[4], ext[5], ext[6], ext[7]]);
+                // The protocol is the first fragment's alone to say.
+                return Some(fragments::key(ip.src, ip.dst, id, 0, hook));
+            }
+            if !is_extension(next) || at > MAX_HEADER {
+                break;
+            }
+            (next, at) = (ext[0], at + (ext[1] as usize + 1) * 8);
+        }
+        None
+    }
+
+    #[inline(always)]
     fn sum_header<P: Packet>(packet: &P) -> Option<Sum> {
         packet.load::<[u32; 10]>(ETH).map(|w| sum_words(&w))
     }
@@ -237,8 +277,14 @@ impl Wire for Ip6 {
         if u32::from_be(ip.version_class_label) >> 28 != 6 {
             return Err(NotOurs::Other);
         }
-        let mut header =
-            IpHeader { src: ip.src, dst: ip.dst, proto: ip.next, len: Self::HEADER, plain: true };
+        let mut header = IpHeader {
+            src: ip.src,
+            dst: ip.dst,
+            proto: ip.next,
+            len: Self::HEADER,
+            plain: true,
+            more_fragments: 0,
+        };
         if !is_extension(ip.next) {
             return if too_short(ip.payload_len, 0) { Err(NotOurs::Other) } else { Ok(header) };
         }
@@ -260,9 +306,11 @@ impl Wire for Ip6 {
             }
             let ext: [u8; 4] = packet.load(base + (header.len & MAX_HEADER)).ok_or(NotOurs::Other)?;
             if header.proto == 44 {
-                if u16::from_be_bytes([ext[2], ext[3]]) & 0xfff8 != 0 {
+                let offset = u16::from_be_bytes([ext[2], ext[3]]);
+                if offset & 0xfff8 != 0 {
                     return Err(NotOurs::Fragment);
                 }
+                header.more_fragments = offset & 1;
                 header.len += 8;
             } else {
                 header.len += (ext[1] as usize + 1) * 8;
@@ -330,11 +378,11 @@ pub(super) fn parse<A: Wire, P: Packet>(packet: &P) -> Result<Headers<A>, NotOur
     if ip.proto == TCP {
         let tcp: Tcp = transport::<A, P, _>(packet, &ip, l4)?;
         let key = key(&ip, tcp.ports[0], tcp.ports[1]);
-        return Ok(Headers { key, kind: Kind::Tcp(tcp.flags), l4 });
+        return Ok(Headers { key, kind: Kind::Tcp(tcp.flags), l4, more_fragments: ip.more_fragments });
     }
     let first: First8 = transport::<A, P, _>(packet, &ip, l4)?;
     let (kind, sport, dport) = ports::<A>(ip.proto, first)?;
-    Ok(Headers { key: key(&ip, sport, dport), kind, l4 })
+    Ok(Headers { key: key(&ip, sport, dport), kind, l4, more_fragments: ip.more_fragments })
 }
 
 /// Parses the packet quoted in an ICMP error at `offset`. Its `l4` is from the start of the whole packet.
@@ -347,7 +395,7 @@ pub(super) fn parse_quoted<A: Wire, P: Packet>(packet: &P, offset: usize) -> Res
         TCP => (Kind::Tcp(0), first.words[0], first.words[1]),
         proto => ports::<A>(proto, first)?,
     };
-    Ok(Headers { key: key(&ip, sport, dport), kind, l4 })
+    Ok(Headers { key: key(&ip, sport, dport), kind, l4, more_fragments: 0 })
 }
 
 #[inline(always)]
@@ -363,7 +411,8 @@ fn key<A: Addr>(ip: &IpHeader<A>, sport: u16, dport: u16) -> FlowKey<A> {
         sport: NetPort::from_wire(sport),
         dport: NetPort::from_wire(dport),
         proto: ip.proto,
-        pad: [0; 3],
+        variant: 0,
+        pad: [0; 2],
     }
 }
 

@@ -7,6 +7,7 @@ use crate::checksum::Sum;
 
 /// Which end of a packet.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(u8)]
 pub(super) enum End {
     Source,
     Destination,
@@ -72,4 +73,28 @@ pub(super) fn rewrite<A: Wire, P: Packet>(
         packet.store(headers.l4 + end.port_offset(headers.kind), &port)?;
     }
     Ok(())
+}
+
+/// Puts another port at one end of the packet. Rare: an alias.
+#[inline(never)]
+pub(super) fn new_port<A: Wire, P: Packet>(
+    packet: &mut P,
+    headers: &Headers<A>,
+    end: End,
+    port: NetPort,
+) -> Result<(), Reason> {
+    let (addr, _) = end.of(headers);
+    rewrite(packet, headers, end, addr, port)
+}
+
+/// Puts `addr` at one end of a packet without a transport header: a later fragment.
+#[inline(always)]
+pub(super) fn readdress<A: Wire, P: Packet>(packet: &mut P, end: End, old: A, addr: A) -> Result<(), Reason> {
+    if addr == old {
+        return Ok(());
+    }
+    if let Some(offset) = A::CHECKSUM {
+        packet.l3_checksum(ETH + offset, A::diff(old, addr))?;
+    }
+    packet.store(ETH + end.addr_offset::<A>(), &addr)
 }

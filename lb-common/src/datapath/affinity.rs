@@ -1,0 +1,58 @@
+//! `sessionAffinity: ClientIP` for packets.
+
+use super::Tables;
+use crate::affinity::{find, remember, scale};
+use crate::maps::{Addr, AffinityKey, FlowKey, Frontend, Set, Slot, SlotKey};
+
+/// The slot for a new flow, remembered for the client's next one.
+#[inline(never)]
+pub(super) fn slot<'k, A: Addr, K: Tables<A>>(
+    kernel: &'k K,
+    flow: &FlowKey<A>,
+    frontend: &Frontend,
+    inside: bool,
+) -> Option<&'k Slot<A>> {
+    let set = frontend.set(inside);
+    let key = AffinityKey { client: flow.src.mapped(), service: frontend.service, pad: 0 };
+    let mut index = match remembered(kernel, &key, frontend, set) {
+        Some(index) => index,
+        None => scale(flow.hash(kernel.hash_seed()), set.count),
+    };
+    let slot = kernel.slot(&SlotKey { set: set.id, index })?;
+    if kernel.put_affinity(&key, &remember(slot, index, kernel.now(), frontend.affinity)) {
+        return Some(slot);
+    }
+    // No room to remember it: as long as the endpoints stay the same, so does a choice by the address alone.
+    let client = FlowKey { src: flow.src, ..FlowKey::default() };
+    index = scale(client.hash(kernel.hash_seed()), set.count);
+    kernel.slot(&SlotKey { set: set.id, index })
+}
+
+/// The slot that the client's last flow was sent to.
+#[inline(never)]
+pub(super) fn slot_again<'k, A: Addr, K: Tables<A>>(
+    kernel: &'k K,
+    flow: &FlowKey<A>,
+    frontend: &Frontend,
+    inside: bool,
+) -> Option<&'k Slot<A>> {
+    let set = frontend.set(inside);
+    let key = AffinityKey { client: flow.src.mapped(), service: frontend.service, pad: 0 };
+    let index = remembered(kernel, &key, frontend, set)?;
+    kernel.slot(&SlotKey { set: set.id, index })
+}
+
+/// Where in the set the remembered backend is, if it still is. The set is sorted.
+#[inline(always)]
+fn remembered<A: Addr, K: Tables<A>>(
+    kernel: &K,
+    key: &AffinityKey,
+    frontend: &Frontend,
+    set: Set,
+) -> Option<u32> {
+    let known = kernel.affinity(key)?;
+    if !known.holds(kernel.now(), frontend.affinity) {
+        return None;
+    }
+    find(known, set, |index| kernel.slot(&SlotKey { set: set.id, index }))
+}

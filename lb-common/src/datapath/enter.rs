@@ -1,0 +1,195 @@
+//! Entering a flow's entries, and removing them.
+//!
+//! Two flows of one client may become the same tuple: one port to two Services with one backend, or to a Service and
+//! straight to its backend. The later one gets another port for the client then (an *alias*), as from nf_conntrack.
+//! It is put in and taken out at the client's own device, where the destination is translated too, so that the
+//! address, which routing and policies look at, stays what it is.
+
+use super::ingress::{done, onward};
+use super::parse::{Headers, Kind, Wire};
+use super::ports::Ports;
+use super::{FlowRef, Outcome, Packet, Put, PutError, Reason, Tables, Verdict};
+use crate::addr::NetPort;
+use crate::maps::{Addr, Flow, FlowKey, FrontendKey, Side, Slot};
+
+/// Ports tried for an alias.
+const ALIASES: u32 = 4;
+
+/// Enters the three entries of a translated flow; the fourth comes when a port is taken for it. `Pass` if it is done.
+#[inline(never)]
+pub(super) fn enter<A: Addr, K: Tables<A>>(kernel: &K, draft: &FlowRef<'_, A>) -> Outcome {
+    let mut ports = Ports::new(kernel, &draft.get().key(Side::Front));
+    for _ in 0..=ALIASES {
+        if !connected(kernel, draft.get()) {
+            match put_all(kernel, draft) {
+                ENTERED => {
+                    kernel.count(Reason::NewFlow);
+                    return Verdict::Pass.raw();
+                }
+                FULL => return Verdict::Drop(Reason::FlowTableFull).raw(),
+                _ => {}
+            }
+        }
+        draft.set_alias(NetPort::new(ports.next()));
+    }
+    Verdict::Drop(Reason::Collision).raw()
+}
+
+/// Whether the client talks to the backend already, straight, with that port: nothing of ours would know it.
+#[inline(always)]
+fn connected<A: Addr, K: Tables<A>>(kernel: &K, flow: &Flow<A>) -> bool {
+    let Some(device) = kernel.device() else { return false };
+    flow.proto == super::parse::TCP
+        && device.netns != 0
+        && kernel.connected(&flow.key(Side::Reply), device.netns - 1)
+}
+
+/// What becomes of an attempt to enter.
+const ENTERED: u32 = 0;
+const FULL: u32 = 1;
+const TAKEN: u32 = 2;
+
+/// All or none: half of a flow that was refused would translate the replies of the one that it collided with.
+#[inline(always)]
+fn put_all<A: Addr, K: Tables<A>>(kernel: &K, draft: &FlowRef<'_, A>) -> u32 {
+    let result = put(kernel, draft, Side::Reply);
+    if result != ENTERED {
+        return result;
+    }
+    let result = put(kernel, draft, Side::Forward);
+    if result != ENTERED {
+        kernel.remove_flow(&draft.get().key(Side::Reply));
+        return result;
+    }
+    let result = put(kernel, draft, Side::Front);
+    if result != ENTERED {
+        kernel.remove_flow(&draft.get().key(Side::Forward));
+        kernel.remove_flow(&draft.get().key(Side::Reply));
+    }
+    result
+}
+
+/// Enters the draft as one side of the flow.
+#[inline(never)]
+fn put<A: Addr, K: Tables<A>>(kernel: &K, draft: &FlowRef<'_, A>, side: Side) -> u32 {
+    let key = draft.turn(side);
+    let flow = draft.get();
+    let result = match kernel.put_flow(&key, flow, Put::New) {
+        Err(PutError::Taken) => {
+            let Some(other) = kernel.flow(&key) else { return TAKEN };
+            let other = other.get();
+            // Our own from before (a half that outlived its other half), or one that is over.
+            if !other.same_origin(flow) && other.state & Flow::<A>::RST == 0 && !stale(kernel, other) {
+                return TAKEN;
+            }
+            kernel.put_flow(&key, flow, Put::Any)
+        }
+        result => result,
+    };
+    if result.is_ok() { ENTERED } else { FULL }
+}
+
+/// A UDP flow to a backend that is gone.
+#[inline(always)]
+pub(super) fn stale<A: Addr, K: Tables<A>>(kernel: &K, flow: &Flow<A>) -> bool {
+    flow.backend_id != 0 && kernel.backend_epoch(flow.backend_id) != flow.backend_epoch
+}
+
+/// The forward entry of the flow that begins with `front`, if it goes to that backend; maybe with an alias.
+#[inline(never)]
+pub(super) fn forward<'k, A: Addr, K: Tables<A>>(
+    kernel: &'k K,
+    front: &FlowKey<A>,
+    slot: &Slot<A>,
+    aliases: bool,
+) -> Option<FlowRef<'k, A>> {
+    let mut ports = Ports::new(kernel, front);
+    let mut key = *front;
+    (key.dst, key.dport) = (slot.addr, slot.port);
+    for _ in 0..=ALIASES {
+        if let Some(entry) = kernel.flow(&key)
+            && entry.get().is_forward_of(front)
+        {
+            return Some(entry);
+        }
+        if !aliases {
+            break;
+        }
+        key.sport = NetPort::new(ports.next());
+    }
+    None
+}
+
+/// What [`straight`] says of a packet that may be for a frontend after all.
+pub(super) const LOOK_ON: Outcome = 0x400;
+
+/// A packet to a backend's own address, with the tuple of a flow that comes by way of a Service (`twin`, that flow's
+/// forward entry): it is a flow of its own.
+#[inline(never)]
+pub(super) fn straight<A: Wire, P: Packet, K: Tables<A>>(
+    packet: &mut P,
+    kernel: &K,
+    headers: &Headers<A>,
+    twin: &Flow<A>,
+) -> Outcome {
+    let mut key = headers.key;
+    key.variant = 1;
+    if let Some(entry) = kernel.flow(&key) {
+        let flow = entry.get();
+        if flow.state & Flow::<A>::CLOSING == 0 || !headers.starts_flow() {
+            entry.seen(kernel.now(), headers.state() | Flow::<A>::SEEN);
+            return done(onward(packet, headers, flow)).raw();
+        }
+        forget(kernel, flow);
+    }
+    if !headers.starts_flow() {
+        return Verdict::Pass.raw();
+    }
+    let front = FrontendKey::new(headers.key.dst, headers.key.dport, headers.key.proto);
+    if kernel.frontend(&front).is_some() {
+        // A Service whose address is its endpoint's.
+        return LOOK_ON;
+    }
+    if twin.state & Flow::<A>::CLOSING != 0 && matches!(headers.kind, Kind::Tcp(_)) || stale(kernel, twin) {
+        // Over: its entries must not translate this one's replies.
+        forget(kernel, twin);
+        return Verdict::Pass.raw();
+    }
+    let Some(draft) = kernel.draft() else { return Verdict::Pass.raw() };
+    let flags = Flow::<A>::DNAT | Flow::<A>::MASQ_UNDECIDED;
+    draft.write(Flow { flags, ..Flow::straight(&headers.key, kernel.now()) });
+    let entered = enter(kernel, &draft);
+    if entered != Verdict::Pass.raw() {
+        return entered;
+    }
+    done(onward(packet, headers, draft.get())).raw()
+}
+
+/// Removes all entries of a flow. What another flow has taken over stays.
+#[inline(never)]
+pub(super) fn forget<A: Addr, K: Tables<A>>(kernel: &K, flow: &Flow<A>) {
+    // Its memory stays as it is until the program ends (RCU), though its own entry is among those that go.
+    let mut forward = flow.key(Side::Forward);
+    if let Some(entry) = kernel.flow(&forward) {
+        let known = entry.get();
+        if known.same_origin(flow) {
+            if known.flags & Flow::<A>::MASQ_DONE != 0 {
+                let back = known.key(Side::Back);
+                kernel.remove_flow(&back);
+            }
+            forward.variant = 1;
+            if kernel.flow(&forward).is_some() {
+                // A straight flow has the same tuple: it is found by way of this entry.
+                entry.seen(kernel.now(), Flow::<A>::RST);
+            } else {
+                forward.variant = 0;
+                kernel.remove_flow(&forward);
+            }
+        }
+    }
+    let reply = flow.key(Side::Reply);
+    if kernel.flow(&reply).is_some_and(|entry| entry.get().same_origin(flow)) {
+        kernel.remove_flow(&reply);
+    }
+    kernel.remove_flow(&flow.key(Side::Front));
+}
