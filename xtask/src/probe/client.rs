@@ -69,7 +69,7 @@ impl Host {
     }
 
     /// Runs a probe to its end and reads the lines that it printed.
-    fn probe_lines<T: DeserializeOwned>(&self, args: &[String]) -> Result<Vec<T>> {
+    pub(super) fn probe_lines<T: DeserializeOwned>(&self, args: &[String]) -> Result<Vec<T>> {
         let what = || format!("probe {} on {}", args.join(" "), self.name());
         let output = self.probe(args)?.output().with_context(what)?;
         if !output.status.success() {
