@@ -7,6 +7,7 @@ mod churn;
 mod client;
 mod ping;
 mod serve;
+mod survey;
 mod trace;
 mod wire;
 
@@ -20,6 +21,7 @@ pub use churn::{Churn, ChurnReport};
 pub use client::{Lines, Server, failures, names, spread};
 pub use ping::Ping;
 pub use serve::Serve;
+pub use survey::{Question, Survey, Tally};
 pub use trace::{Hop, IcmpError, Trace};
 pub use wire::{Answer, Failure, Greeting, Reply};
 
@@ -44,6 +46,8 @@ enum Command {
     Ping(Ping),
     /// Send packets with growing hop limits and say which ICMP errors come back
     Trace(Trace),
+    /// Ask many, at the same time
+    Survey(Survey),
 }
 
 /// Runs `probe`.
@@ -55,6 +59,7 @@ pub fn run(args: Args) -> Result<()> {
         Command::Churn(churn) => print_line(&churn.run()),
         Command::Ping(ping) => ping.run(print_line),
         Command::Trace(trace) => trace.run(print_line),
+        Command::Survey(survey) => print_line(&survey.run()?),
     }
 }
 
