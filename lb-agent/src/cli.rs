@@ -1,6 +1,8 @@
 //! The flags of `lb-agent run`. They are kube-proxy's where kube-proxy has them; each can also be set by an
 //! environment variable.
 
+mod conntrack;
+
 use crate::desired::{self, NodePortAddresses};
 use clap::builder::BoolishValueParser;
 use clap::{ArgAction, Args, ValueEnum};
@@ -8,6 +10,9 @@ use ipnet::IpNet;
 use std::net::{IpAddr, SocketAddr};
 use std::path::PathBuf;
 use std::str::FromStr;
+use std::time::Duration;
+
+pub use conntrack::ConntrackArgs;
 
 /// kube-apiserver's default `--service-node-port-range`.
 const NODE_PORTS: std::ops::RangeInclusive<u16> = 30000..=32767;
@@ -102,6 +107,10 @@ pub struct RunArgs {
     #[arg(long, value_name = "N", env = "LB_FLOW_TABLE_MAX", default_value_t = 262_144,
           value_parser = clap::value_parser!(u32).range(1024..=16_777_216))]
     pub flow_table_max: u32,
+
+    /// Timeouts of flows.
+    #[command(flatten)]
+    pub conntrack: ConntrackArgs,
 
     /// Where /healthz and /livez answer; empty: nowhere
     #[arg(long, value_name = "IP:PORT", env = "LB_HEALTHZ_BIND_ADDRESS", default_value = "0.0.0.0:10256")]
@@ -225,6 +234,16 @@ fn cgroup2_mount(mounts: &str) -> Option<PathBuf> {
         // The kernel writes blanks in paths as octal escapes.
         (kind == "cgroup2").then(|| dir.replace("\\040", " ").into())
     })
+}
+
+/// A duration as Go writes it: `24h`, `1h0m0s`, `1.5s`.
+pub(crate) fn go_duration(text: &str) -> Result<Duration, String> {
+    let error = || format!("{text:?} is not a duration like 24h, 90s or 1h30m0s");
+    // kube's parser would panic on what does not fit, and on a sign in the middle.
+    if text.is_empty() || text.len() > 16 || text.contains(['-', '+']) {
+        return Err(error());
+    }
+    text.parse::<kube::core::Duration>().map(Duration::from).map_err(|_| error())
 }
 
 fn items(text: &str) -> impl Iterator<Item = &str> {

@@ -61,7 +61,8 @@ pub async fn run(args: RunArgs) -> Result<()> {
 
     let (events, receiver) = mpsc::channel(source::QUEUE);
     let devices = devices(&args, ebpf, pins.clone(), features, events.clone())?;
-    let sweeper = Sweeper::new(Tables::open(&pins)?);
+    let sweeper = Sweeper::open(&pins, args.conntrack.timeouts())?;
+    metrics.collect(sweeper.samples());
     let source = source.start(node_name, events);
     let sync = tokio::spawn(sync::run(args.desired(), receiver, writer, health, metrics));
 
@@ -70,7 +71,7 @@ pub async fn run(args: RunArgs) -> Result<()> {
         result = devices => result.context("the device manager")?.context("the device manager"),
         result = source => result.context("the source")?.context("the source"),
         result = sync => result.context("the main loop")?.context("the main loop"),
-        () = sweeper.run() => Ok(()),
+        result = sweeper.run() => result.context("the sweeper"),
         _ = terminate.recv() => Ok(()),
         _ = interrupt.recv() => Ok(()),
     }?;

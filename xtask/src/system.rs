@@ -4,6 +4,7 @@ use anyhow::{Context as _, Result, bail, ensure};
 use std::os::unix::fs::PermissionsExt as _;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
+use std::sync::Mutex;
 
 /// Where a program is, if it can be run: `PATH`, then the directories that a plain user's `PATH` lacks.
 pub fn find_program(name: &str) -> Option<PathBuf> {
@@ -23,6 +24,12 @@ fn is_executable(file: &Path) -> bool {
 /// # Errors
 /// If programs are missing and this is not a machine with apt-get, or not root: the message names the packages.
 pub fn ensure_debian_packages(wanted: &[(&str, &str)]) -> Result<()> {
+    if missing(wanted).is_empty() {
+        return Ok(());
+    }
+    // Tests that run side by side must not meet at dpkg's lock.
+    static ONE_AT_A_TIME: Mutex<()> = Mutex::new(());
+    let _alone = ONE_AT_A_TIME.lock();
     let missing = missing(wanted);
     if missing.is_empty() {
         return Ok(());

@@ -1,4 +1,5 @@
 use super::*;
+use crate::kernel::sweep::Timeouts;
 use clap::Parser;
 
 #[derive(Parser)]
@@ -66,6 +67,10 @@ fn mistakes_are_explained() {
         (["--healthz-bind-address", "localhost:80"], "not IP:PORT, like 0.0.0.0:10256"),
         (["--socket-lb", "pods"], "possible values: host, all, off"),
         (["--flow-table-max", "0"], "0 is not in 1024..=16777216"),
+        (["--conntrack-udp-timeout", "30"], "\"30\" is not a duration like 24h, 90s or 1h30m0s"),
+        (["--conntrack-udp-timeout", "1h-5m"], "\"1h-5m\" is not a duration"),
+        (["--conntrack-udp-timeout", "99999999999999999h"], "is not a duration"),
+        (["--conntrack-tcp-timeout-close", "2000000h"], "is longer than"),
     ] {
         let message = parse(&flags).unwrap_err();
         assert!(message.contains(expected), "{flags:?}: {message}");
@@ -103,4 +108,45 @@ fn the_first_cgroup2_mount_counts() {
         "cgroup /sys/fs/cgroup/cpu cgroup rw 0 0\ncgroup2 /run/a\\040b cgroup2 rw 0 0\nx /y cgroup2 rw 0 0\n";
     assert_eq!(cgroup2_mount(mounts), Some("/run/a b".into()));
     assert_eq!(cgroup2_mount("tmpfs /cgroup2 tmpfs rw 0 0\n"), None);
+}
+
+#[test]
+fn timeouts_are_durations_as_go_writes_them() {
+    assert_eq!(parse(&[]).unwrap().conntrack.timeouts(), Timeouts::default());
+    for (flag, value, seconds) in [
+        ("--conntrack-tcp-timeout-established", "1h0m0s", 3600),
+        ("--conntrack-tcp-timeout-established", "0", 86_400),
+        ("--conntrack-tcp-timeout-established", "0s", 86_400),
+        ("--conntrack-tcp-timeout-established", "1.5h", 5400),
+        ("--conntrack-tcp-timeout-established", "1ms", 1),
+    ] {
+        let timeouts = parse(&[flag, value]).unwrap().conntrack.timeouts();
+        assert_eq!(timeouts.tcp_established, seconds, "{flag} {value}");
+    }
+    let flags = ["syn-sent", "syn-recv", "established", "close-wait", "time-wait", "close"]
+        .map(|state| format!("--conntrack-tcp-timeout-{state}"))
+        .into_iter()
+        .chain(
+            ["udp-timeout", "udp-timeout-stream", "icmp-timeout", "icmpv6-timeout"]
+                .map(|f| format!("--conntrack-{f}")),
+        )
+        .zip(1..)
+        .map(|(flag, seconds)| format!("{flag}={seconds}s"))
+        .collect::<Vec<_>>();
+    let timeouts = parse(&flags.iter().map(String::as_str).collect::<Vec<_>>()).unwrap().conntrack.timeouts();
+    assert_eq!(
+        timeouts,
+        Timeouts {
+            tcp_syn_sent: 1,
+            tcp_syn_recv: 2,
+            tcp_established: 3,
+            tcp_close_wait: 4,
+            tcp_time_wait: 5,
+            tcp_close: 6,
+            udp: 7,
+            udp_stream: 8,
+            icmp: 9,
+            icmpv6: 10,
+        }
+    );
 }

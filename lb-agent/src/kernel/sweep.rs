@@ -1,233 +1,255 @@
-//! Ends flows that have timed out, and makes lost halves of living ones again.
+//! Ends flows that have timed out, makes lost halves of living ones again, and makes room when there is none.
 //!
 //! From user space, by batches: a `bpf_for_each_map_elem` in one run of a program would keep the CPU's softirqs off
 //! for as long as the whole table takes, and is not there before 5.13.
+//!
+//! A full table refuses new flows, whoever they belong to. So when it fills up, flows that nobody has answered end
+//! after seconds, and if that is not enough, those that are closing (`nf_conntrack` calls it early drop, and does it in
+//! the packet's path). Established connections and streams of datagrams never do.
 
+mod round;
+#[cfg(test)]
+mod tests;
+mod timeouts;
+
+use super::pins::Pins;
 use super::tables::{Family, NodeAddr, Tables};
-use anyhow::Result;
-use lb_common::addr::Ip4;
-use lb_common::maps::{Flow, FlowKey, Side};
+use crate::metrics::{Collector, Kind, Sample};
+use anyhow::{Context as _, Result};
+use aya::maps::MapInfo;
+use lb_common::datapath::Reason;
 use nix::time::{ClockId, clock_gettime};
-use std::time::Duration;
+use round::{Early, Round, Swept};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
+use std::time::{Duration, Instant};
+use timeouts::Rank;
 use tracing::{debug, warn};
 
-/// Time between two sweeps.
+pub use timeouts::Timeouts;
+
+/// Time between two sweeps when there is room.
 const EVERY: Duration = Duration::from_secs(10);
+/// Time between two looks at the counters.
+const LOOK_EVERY: Duration = Duration::from_secs(1);
 /// Every so many sweeps entries are looked at whose flow's main entry is gone.
 const ORPHANS_EVERY: u32 = 6;
-
-/// Seconds without a packet after which a flow ends. The defaults are nf_conntrack's, but for TCP's, which is what
-/// kube-proxy sets.
-#[derive(Clone, Copy, Debug)]
-pub struct Timeouts {
-    /// Both ends have spoken.
-    pub tcp_established: u32,
-    /// Only one end has.
-    pub tcp_syn: u32,
-    /// A FIN or RST went by.
-    pub tcp_closing: u32,
-    /// Only one end has spoken.
-    pub udp: u32,
-    /// Both have.
-    pub udp_stream: u32,
-    /// Echo.
-    pub icmp: u32,
-}
-
-impl Default for Timeouts {
-    fn default() -> Self {
-        Self { tcp_established: 86_400, tcp_syn: 60, tcp_closing: 60, udp: 30, udp_stream: 120, icmp: 30 }
-    }
-}
-
-impl Timeouts {
-    /// `state` is what was seen of the flow, in either direction.
-    const fn of(&self, proto: u8, state: u8) -> u32 {
-        let both = state & Flow::<Ip4>::SEEN != 0;
-        match proto {
-            6 if state & Flow::<Ip4>::CLOSING != 0 => self.tcp_closing,
-            6 if both => self.tcp_established,
-            6 => self.tcp_syn,
-            17 if both => self.udp_stream,
-            17 => self.udp,
-            _ => self.icmp,
-        }
-    }
-}
+/// After a sweep that made room, rest for so many times as long as it took: a fifth of a core at most.
+const REST: u32 = 4;
+/// Entries that a flow can have: an estimate of what new flows have taken, on the safe side.
+const ENTRIES_PER_FLOW: u64 = 4;
+/// Seconds of silence after which a flow that can be spared can go, when the table fills up.
+const PATIENT: u32 = 3;
+/// The same when it is full.
+const URGENT: u32 = 1;
+/// How often the log says that room had to be made.
+const SAY_EVERY: Duration = Duration::from_secs(60);
 
 /// Sweeps the flow tables.
 pub struct Sweeper {
+    /// The same tables twice: one is read while the other is changed.
+    read: Tables,
     tables: Tables,
     timeouts: Timeouts,
+    stats: Arc<Stats>,
+    rounds: u32,
+    /// What the programs had counted when the last sweep began.
+    counted: Counted,
+    last: Instant,
+    not_before: Instant,
+    /// The fill that is too much: more than after the last sweep, if that could do no better.
+    alarm: u64,
+    said: Option<Instant>,
 }
 
-/// What a sweep found.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-struct Swept {
-    flows: usize,
-    ended: usize,
-    mended: usize,
+/// What the programs count, of all families.
+#[derive(Clone, Copy, Debug, Default)]
+struct Counted {
+    new: u64,
+    refused: u64,
+}
+
+/// What the sweeper knows of the flow tables, for metrics.
+#[derive(Debug, Default)]
+struct Stats {
+    /// Most entries of each family's table.
+    limit: u64,
+    /// Entries after the last sweep: IPv4, IPv6.
+    entries: [AtomicU64; 2],
+    /// Flows that ended early because only one end had spoken.
+    unanswered: AtomicU64,
+    /// Flows that ended early though both ends had: closing ones.
+    over: AtomicU64,
+}
+
+impl Stats {
+    fn samples(&self) -> Vec<Sample> {
+        let get = |value: &AtomicU64| value.load(Relaxed) as f64;
+        let entries = |family: &str, value| {
+            let help = "Flow table entries after the last sweep";
+            Sample::new("lb_flow_entries", help, Kind::Gauge, get(value)).with("family", family)
+        };
+        let early = |state: &str, value| {
+            let help = "Flows that ended before their time because the table was nearly full";
+            Sample::new("lb_flows_dropped_early_total", help, Kind::Counter, get(value)).with("state", state)
+        };
+        let help = "Room for flow table entries, in each family";
+        vec![
+            entries("IPv4", &self.entries[0]),
+            entries("IPv6", &self.entries[1]),
+            Sample::new("lb_flow_entries_max", help, Kind::Gauge, self.limit as f64),
+            early("unanswered", &self.unanswered),
+            early("closing", &self.over),
+        ]
+    }
 }
 
 impl Sweeper {
-    /// A sweeper of `tables`.
-    pub fn new(tables: Tables) -> Self {
-        Self { tables, timeouts: Timeouts::default() }
+    /// A sweeper of the pinned tables.
+    ///
+    /// # Errors
+    /// If they cannot be opened.
+    pub fn open(pins: &Pins, timeouts: Timeouts) -> Result<Self> {
+        // A table keeps the size that it was made with, whatever the flag says now.
+        let info = |name| MapInfo::from_pin(pins.map(name)).context("ask for the size of the flow tables");
+        let limit = info("LB_FLOW4")?.max_entries().min(info("LB_FLOW6")?.max_entries());
+        let stats = Stats { limit: limit.into(), ..Stats::default() };
+        let tables = Tables::open(pins)?;
+        let (now, counted) = (Instant::now(), Counted::read(&tables)?);
+        Ok(Self {
+            read: Tables::open(pins)?,
+            tables,
+            timeouts,
+            stats: Arc::new(stats),
+            rounds: 0,
+            counted,
+            last: now,
+            not_before: now,
+            // Nothing is known of what is in it.
+            alarm: 0,
+            said: None,
+        })
+    }
+
+    /// How full the tables are, and what had to go.
+    pub fn samples(&self) -> Collector {
+        let stats = Arc::clone(&self.stats);
+        Box::new(move || stats.samples())
     }
 
     /// Sweeps for ever.
-    pub async fn run(mut self) {
-        let mut round = 0u32;
+    ///
+    /// # Errors
+    /// If a sweep panics.
+    pub async fn run(mut self) -> Result<()> {
+        let mut look = tokio::time::interval(LOOK_EVERY);
+        look.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
         loop {
-            tokio::time::sleep(EVERY).await;
-            let orphans = round.is_multiple_of(ORPHANS_EVERY);
-            round = round.wrapping_add(1);
-            let now = monotonic_seconds();
-            let swept = sweep(&mut self.tables.v4, &self.timeouts, now, orphans)
-                .and_then(|v4| Ok((v4, sweep(&mut self.tables.v6, &self.timeouts, now, orphans)?)));
-            match swept {
-                Ok((v4, v6)) => debug!(?v4, ?v6, "swept the flow tables"),
-                Err(error) => warn!("sweep the flow tables: {error:#}"),
-            }
+            look.tick().await;
+            // A large table takes a while, and the main loop must not wait for it.
+            self = tokio::task::spawn_blocking(move || {
+                if let Err(error) = self.look() {
+                    warn!("sweep the flow tables: {error:#}");
+                }
+                self
+            })
+            .await?;
         }
     }
-}
 
-/// The clock of [`Flow::last_seen`].
-pub fn monotonic_seconds() -> u32 {
-    clock_gettime(ClockId::CLOCK_MONOTONIC).map_or(0, |t| t.tv_sec() as u32)
-}
+    /// Looks at the counters, and sweeps if it is time, or there is no room.
+    fn look(&mut self) -> Result<()> {
+        let start = Instant::now();
+        let counted = Counted::read(&self.tables)?;
+        let refused = counted.refused > self.counted.refused;
+        let full = refused || self.fill(&counted) >= self.alarm;
+        if start < self.not_before || !full && start.duration_since(self.last) < EVERY {
+            return Ok(());
+        }
+        (self.counted, self.last) = (counted, start);
+        self.sweep(monotonic_seconds(), full.then_some(if refused { URGENT } else { PATIENT }))?;
+        self.not_before = Instant::now() + start.elapsed() * REST;
+        Ok(())
+    }
 
-/// One round: collects what looks dead first, because the table must not change under the reader more than it
-/// does anyway.
-fn sweep<A: NodeAddr>(family: &mut Family<A>, timeouts: &Timeouts, now: u32, orphans: bool) -> Result<Swept> {
-    let mut swept = Swept::default();
-    let mut candidates = Vec::new();
-    let mut masqueraded = Vec::new();
-    family.for_each_flow(|key, flow| {
-        let side = Side::from_raw(flow.side);
-        let forward = side == Some(Side::Forward);
-        swept.flows += usize::from(forward);
-        if is_candidate(flow, timeouts, now) && (forward || orphans || flow.state & Flow::<A>::CLOSING != 0) {
-            candidates.push((*key, *flow));
-        } else if forward && flow.flags & Flow::<A>::MASQ_DONE != 0 {
-            masqueraded.push(*flow);
+    /// Most entries that the fuller table can have now.
+    fn fill(&self, counted: &Counted) -> u64 {
+        let new = counted.new.saturating_sub(self.counted.new) * ENTRIES_PER_FLOW;
+        self.stats.entries.iter().map(|entries| entries.load(Relaxed)).max().unwrap_or(0) + new
+    }
+
+    /// One sweep; with `early`, one that makes room in a table that has none: what has been silent for so many
+    /// seconds may go.
+    fn sweep(&mut self, now: u32, early: Option<u32>) -> Result<()> {
+        let limit = self.stats.limit;
+        let plenty = limit / 4 * 3;
+        let round = Round {
+            timeouts: &self.timeouts,
+            now,
+            orphans: self.rounds.is_multiple_of(ORPHANS_EVERY),
+            mend: true,
+            early: None,
+        };
+        self.rounds = self.rounds.wrapping_add(1);
+        let v4 = make_room(&round, early, plenty, &self.read.v4, &mut self.tables.v4)?;
+        let v6 = make_room(&round, early, plenty, &self.read.v6, &mut self.tables.v6)?;
+        debug!(?v4, ?v6, "swept the flow tables");
+        let most = v4.left().max(v6.left()) as u64;
+        // Where nothing more can go, it is no use to try again before the rest fills up, too.
+        self.alarm = plenty.max(most + limit.saturating_sub(most) / 4);
+        for (entries, swept) in self.stats.entries.iter().zip([&v4, &v6]) {
+            entries.store(swept.left() as u64, Relaxed);
+        }
+        let (unanswered, over) = (v4.unanswered + v6.unanswered, v4.over + v6.over);
+        self.stats.unanswered.fetch_add(unanswered as u64, Relaxed);
+        self.stats.over.fetch_add(over as u64, Relaxed);
+        if unanswered + over > 0 && self.said.is_none_or(|said| said.elapsed() > SAY_EVERY) {
+            self.said = Some(Instant::now());
+            warn!(
+                "the flow table (room for {limit} entries) was nearly full: {unanswered} flows that nobody had \
+                 answered and {over} that were closing had to go, {most} entries are left; see \
+                 lb_flows_dropped_early_total, and --flow-table-max for more room"
+            );
         }
         Ok(())
-    })?;
-    for (key, flow) in candidates {
-        end_or_mend(family, timeouts, now, &key, &flow, &mut swept)?;
     }
-    // A reply to a masqueraded flow finds its way by this entry alone.
-    for flow in masqueraded {
-        let back = flow.key(Side::Back);
-        if family.flows.get(&back, 0).is_err()
-            && family.flows.insert(back, flow.as_side(Side::Back), 0).is_ok()
-        {
-            swept.mended += 1;
+}
+
+/// A regular round, and if that leaves no room and may end flows early, as many more as it takes.
+fn make_room<A: NodeAddr>(
+    regular: &Round<'_>,
+    early: Option<u32>,
+    plenty: u64,
+    read: &Family<A>,
+    family: &mut Family<A>,
+) -> Result<Swept> {
+    let mut swept = regular.run(read, family)?;
+    let Some(age) = early else { return Ok(swept) };
+    for most in [Rank::Unanswered, Rank::Over] {
+        // What is in the table counts, not what was refused: that may have been the other family's.
+        if (swept.left() as u64) < plenty {
+            break;
         }
+        let round = Round { orphans: false, mend: false, early: Some(Early { most, age }), ..*regular };
+        let more = round.run(read, family)?;
+        swept = Swept {
+            ended: swept.ended + more.ended,
+            unanswered: swept.unanswered + more.unanswered,
+            over: swept.over + more.over,
+            mended: swept.mended,
+            ..more
+        };
     }
     Ok(swept)
 }
 
-/// Whether an entry by itself looks dead.
-fn is_candidate<A: NodeAddr>(flow: &Flow<A>, timeouts: &Timeouts, now: u32) -> bool {
-    age(flow, now) > timeouts.of(flow.proto, flow.state)
+impl Counted {
+    fn read(tables: &Tables) -> Result<Self> {
+        Ok(Self { new: tables.counter(Reason::NewFlow)?, refused: tables.counter(Reason::FlowTableFull)? })
+    }
 }
 
-fn age<A: NodeAddr>(flow: &Flow<A>, now: u32) -> u32 {
-    // Seen after we asked for the time: no age at all.
-    now.saturating_sub(flow.last_seen)
-}
-
-/// Looks at all entries of the flow: the last packet of either direction counts.
-fn end_or_mend<A: NodeAddr>(
-    family: &mut Family<A>,
-    timeouts: &Timeouts,
-    now: u32,
-    key: &FlowKey<A>,
-    flow: &Flow<A>,
-    swept: &mut Swept,
-) -> Result<()> {
-    // The main entry knows the masquerade port; where it is gone, this one has to do.
-    let main = family.flows.get(&flow.key(Side::Forward), 0).unwrap_or(*flow);
-    let keys = entries(&main);
-    let mut found = 0usize;
-    let (mut youngest, mut state) = (age(flow, now), flow.state);
-    for key in keys.iter().flatten() {
-        if let Ok(entry) = family.flows.get(key, 0) {
-            if !entry.same_origin(&main) {
-                continue;
-            }
-            found += 1;
-            youngest = youngest.min(age(&entry, now));
-            state |= entry.state;
-        }
-    }
-    if youngest <= timeouts.of(main.proto, state) {
-        return Ok(());
-    }
-    for key in keys.iter().flatten() {
-        // Taken by another flow since: not ours to remove.
-        if family.flows.get(key, 0).is_ok_and(|entry| entry.same_origin(&main)) {
-            let _ = family.flows.remove(key);
-        }
-    }
-    let _ = family.flows.remove(key);
-    swept.ended += usize::from(found > 0);
-    Ok(())
-}
-
-/// The keys of all entries that the flow can have.
-fn entries<A: NodeAddr>(flow: &Flow<A>) -> [Option<FlowKey<A>>; 4] {
-    let dnat = flow.flags & Flow::<A>::DNAT != 0;
-    let masqueraded = flow.flags & Flow::<A>::MASQ_DONE != 0;
-    [
-        Some(flow.key(Side::Forward)),
-        dnat.then(|| flow.key(Side::Front)),
-        dnat.then(|| flow.key(Side::Reply)),
-        masqueraded.then(|| flow.key(Side::Back)),
-    ]
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-    use lb_common::addr::Ip6;
-
-    fn flow(proto: u8, state: u8, last_seen: u32) -> Flow<Ip6> {
-        Flow { proto, state, last_seen, side: Side::Forward as u8, ..Flow::default() }
-    }
-
-    #[test]
-    fn a_flow_ends_by_what_was_seen_of_it() {
-        let t = Timeouts::default();
-        let seen = Flow::<Ip6>::SEEN;
-        for (proto, state, timeout) in [
-            (6, seen, t.tcp_established),
-            (6, 0, t.tcp_syn),
-            (6, seen | Flow::<Ip6>::FIN, t.tcp_closing),
-            (6, Flow::<Ip6>::RST, t.tcp_closing),
-            (17, 0, t.udp),
-            (17, seen, t.udp_stream),
-            (58, seen, t.icmp),
-        ] {
-            let then = 1_000_000;
-            assert!(!is_candidate(&flow(proto, state, then), &t, then + timeout), "{proto} {state}");
-            assert!(is_candidate(&flow(proto, state, then), &t, then + timeout + 1), "{proto} {state}");
-        }
-    }
-
-    #[test]
-    fn a_packet_from_the_future_is_no_old_one() {
-        assert!(!is_candidate(&flow(17, 0, 101), &Timeouts::default(), 100));
-    }
-
-    #[test]
-    fn only_entries_that_a_flow_has_are_looked_for() {
-        let plain = flow(6, 0, 0);
-        assert_eq!(entries(&plain).iter().flatten().count(), 1);
-        let all = Flow { flags: Flow::<Ip6>::DNAT | Flow::<Ip6>::MASQ_DONE, ..plain };
-        assert_eq!(entries(&all).iter().flatten().count(), 4);
-    }
+/// The clock of [`lb_common::maps::Flow::last_seen`].
+pub fn monotonic_seconds() -> u32 {
+    clock_gettime(ClockId::CLOCK_MONOTONIC).map_or(0, |t| t.tv_sec() as u32)
 }

@@ -70,6 +70,21 @@ impl Cluster {
     /// # Errors
     /// If something does not start; with the agents' last words.
     pub fn on(lab: Lab, exe: PathBuf) -> Result<Self> {
+        let mut cluster = Self::without_agents(lab, exe)?;
+        for node in 0..2 {
+            cluster.spawn_agent(node, &[])?;
+        }
+        for agent in cluster.agents.iter_mut().flatten() {
+            agent.wait_healthy(PATIENCE)?;
+        }
+        Ok(cluster)
+    }
+
+    /// As [`Self::on`], but no agent runs yet.
+    ///
+    /// # Errors
+    /// If something does not start.
+    pub fn without_agents(lab: Lab, exe: PathBuf) -> Result<Self> {
         let mut servers = Vec::new();
         for app in &APPS {
             let serve = Serve { name: app.name.into(), tcp: vec![app.tcp], udp: Vec::from_iter(app.udp) };
@@ -83,14 +98,7 @@ impl Cluster {
         for (file, text) in MANIFESTS {
             fs::write(manifests.join(file), text)?;
         }
-        let mut cluster = Self { exe, manifests, agents: vec![None, None], servers, lab };
-        for node in 0..2 {
-            cluster.spawn_agent(node, &[])?;
-        }
-        for agent in cluster.agents.iter_mut().flatten() {
-            agent.wait_healthy(PATIENCE)?;
-        }
-        Ok(cluster)
+        Ok(Self { exe, manifests, agents: vec![None, None], servers, lab })
     }
 
     fn spawn_agent(&mut self, node: usize, flags: &[&str]) -> Result<()> {

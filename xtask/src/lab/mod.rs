@@ -11,12 +11,14 @@
 //!
 //! Labs are independent of each other. A lab goes with the value that stands for it, or with its process.
 
+mod capture;
 mod cgroup;
 mod cli;
 mod host;
 mod net;
 mod netns;
 mod owner;
+mod rules;
 mod topology;
 
 use std::fs;
@@ -26,6 +28,7 @@ use std::sync::atomic::{AtomicU32, Ordering};
 use anyhow::{Context, Result, bail};
 use nix::mount::{MsFlags, mount};
 
+pub use capture::{Capture, Captured};
 pub use cli::{Args, run};
 pub use host::{Host, Role};
 pub use owner::xtask_exe;

@@ -5,12 +5,13 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, TcpStream, UdpSocket};
 use std::time::{Duration, Instant};
 
 use anyhow::Result;
+use serde::{Deserialize, Serialize};
 use socket2::{Domain, Protocol, Socket, Type};
 
 use super::wire::{Answer, Failure, Greeting, Reply, canonical, millis};
 
 /// What requests go over.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, clap::ValueEnum, Serialize, Deserialize)]
 pub enum Transport {
     /// A connection for each request.
     Tcp,
@@ -148,6 +149,12 @@ impl Ask {
             report(&Answer(answer))?;
         }
         Ok(())
+    }
+
+    /// One request from a new socket, and how long it took.
+    pub(crate) fn one(&self) -> (Result<Reply, Failure>, Duration) {
+        let start = Instant::now();
+        (self.once(&mut None), start.elapsed())
     }
 
     fn once(&self, kept: &mut Option<Conversation>) -> Result<Reply, Failure> {

@@ -1,15 +1,15 @@
 //! The probe as methods of a lab's hosts.
 
 use std::collections::BTreeMap;
-use std::io::{BufRead, BufReader, Lines as IoLines};
+use std::io::{BufRead, BufReader, Lines as IoLines, Write};
 use std::net::{IpAddr, SocketAddr};
 use std::process::{Child, ChildStdout, Command, Stdio};
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result, bail, ensure};
 use serde::de::DeserializeOwned;
 
 use super::wire::{Answer, Failure};
-use super::{Ask, Bulk, BulkReport, Churn, ChurnReport, Ping, Serve};
+use super::{Ask, Bulk, BulkReport, Churn, ChurnReport, Ping, Question, Serve, Tally};
 use crate::lab::{Host, xtask_exe};
 
 /// A server that runs until it is dropped.
@@ -69,7 +69,7 @@ impl Host {
     }
 
     /// Runs a probe to its end and reads the lines that it printed.
-    fn probe_lines<T: DeserializeOwned>(&self, args: &[String]) -> Result<Vec<T>> {
+    pub(super) fn probe_lines<T: DeserializeOwned>(&self, args: &[String]) -> Result<Vec<T>> {
         let what = || format!("probe {} on {}", args.join(" "), self.name());
         let output = self.probe(args)?.output().with_context(what)?;
         if !output.status.success() {
@@ -129,6 +129,18 @@ impl Host {
     /// Opens and closes many TCP connections.
     pub fn churn(&self, churn: &Churn) -> Result<ChurnReport> {
         self.probe_lines(&churn.args())?.pop().context("no report from the probe")
+    }
+
+    /// Asks many at the same time; the tallies are in the order of the questions.
+    pub fn survey(&self, questions: &[Question]) -> Result<Vec<Tally>> {
+        let mut child =
+            self.probe(&["survey".into()])?.stdin(Stdio::piped()).stdout(Stdio::piped()).spawn()?;
+        let mut input = child.stdin.take().context("no pipe to the probe")?;
+        input.write_all(&serde_json::to_vec(questions)?)?;
+        drop(input);
+        let output = child.wait_with_output()?;
+        ensure!(output.status.success(), "probe survey on {}: {}", self.name(), output.status);
+        serde_json::from_slice(&output.stdout).with_context(|| format!("probe survey on {}", self.name()))
     }
 
     /// Sends echo requests.

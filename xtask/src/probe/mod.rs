@@ -7,6 +7,8 @@ mod churn;
 mod client;
 mod ping;
 mod serve;
+mod survey;
+mod trace;
 mod wire;
 
 use anyhow::Result;
@@ -19,6 +21,8 @@ pub use churn::{Churn, ChurnReport};
 pub use client::{Lines, Server, failures, names, spread};
 pub use ping::Ping;
 pub use serve::Serve;
+pub use survey::{Question, Survey, Tally};
+pub use trace::{Hop, IcmpError, Trace};
 pub use wire::{Answer, Failure, Greeting, Reply};
 
 /// Options of `probe`.
@@ -40,6 +44,10 @@ enum Command {
     Churn(Churn),
     /// Send ICMP echo requests
     Ping(Ping),
+    /// Send packets with growing hop limits and say which ICMP errors come back
+    Trace(Trace),
+    /// Ask many, at the same time
+    Survey(Survey),
 }
 
 /// Runs `probe`.
@@ -50,6 +58,8 @@ pub fn run(args: Args) -> Result<()> {
         Command::Bulk(bulk) => print_line(&bulk.run()),
         Command::Churn(churn) => print_line(&churn.run()),
         Command::Ping(ping) => ping.run(print_line),
+        Command::Trace(trace) => trace.run(print_line),
+        Command::Survey(survey) => print_line(&survey.run()?),
     }
 }
 

@@ -119,7 +119,7 @@ impl Ping {
 }
 
 /// Sets the socket to full path MTU discovery, for which neither nix nor socket2 has a name.
-fn forbid_fragments(socket: &Socket, v4: bool) -> io::Result<()> {
+pub(super) fn forbid_fragments(socket: &Socket, v4: bool) -> io::Result<()> {
     let (level, name, value) = match v4 {
         true => (libc::IPPROTO_IP, libc::IP_MTU_DISCOVER, libc::IP_PMTUDISC_DO),
         false => (libc::IPPROTO_IPV6, libc::IPV6_MTU_DISCOVER, libc::IPV6_PMTUDISC_DO),

@@ -1,0 +1,161 @@
+//! One way through a flow table.
+
+use super::timeouts::{Rank, Seen, Timeouts, may_be_spared};
+use crate::kernel::tables::{Family, NodeAddr};
+use anyhow::Result;
+use lb_common::maps::{Flow, FlowKey, Side};
+
+/// What to do.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Round<'a> {
+    pub(super) timeouts: &'a Timeouts,
+    /// The clock of [`Flow::last_seen`].
+    pub(super) now: u32,
+    /// Also look at entries whose flow's main entry is gone.
+    pub(super) orphans: bool,
+    /// Make lost halves of living flows again.
+    pub(super) mend: bool,
+    /// There is no room: end more than what has timed out.
+    pub(super) early: Option<Early>,
+}
+
+/// What may end before its time.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Early {
+    /// Up to this rank …
+    pub(super) most: Rank,
+    /// … what has been silent for longer than so many seconds.
+    pub(super) age: u32,
+}
+
+/// What was found.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(super) struct Swept {
+    pub(super) entries: usize,
+    pub(super) removed: usize,
+    pub(super) flows: usize,
+    pub(super) ended: usize,
+    pub(super) unanswered: usize,
+    pub(super) over: usize,
+    pub(super) mended: usize,
+}
+
+impl Swept {
+    /// Entries that are left, but for those that came meanwhile.
+    pub(super) const fn left(&self) -> usize {
+        self.entries.saturating_sub(self.removed)
+    }
+}
+
+impl Round<'_> {
+    /// Goes through the table in the kernel's batches. `read` and `family` are the same tables: what a batch holds is a
+    /// copy, and the kernel's position in the table is a bucket, so what is removed meanwhile does not disturb.
+    pub(super) fn run<A: NodeAddr>(&self, read: &Family<A>, family: &mut Family<A>) -> Result<Swept> {
+        let mut swept = Swept::default();
+        read.for_each_flow(|key, flow| {
+            swept.entries += 1;
+            let forward = flow.side == Side::Forward as u8;
+            swept.flows += usize::from(forward);
+            if self.is_worth_a_look(flow) {
+                self.look(family, key, flow, &mut swept);
+            } else if self.mend && forward && flow.flags & Flow::<A>::MASQ_DONE != 0 {
+                swept.mended += usize::from(mend(family, flow));
+            }
+            Ok(())
+        })?;
+        Ok(swept)
+    }
+
+    /// Whether an entry by itself looks as if its flow was over.
+    fn is_worth_a_look<A: NodeAddr>(&self, flow: &Flow<A>) -> bool {
+        let dnat = flow.flags & Flow::<A>::DNAT != 0;
+        // One entry of the client's and one of the server's will do.
+        let stands_for_all = match Side::from_raw(flow.side) {
+            Some(Side::Forward) => true,
+            Some(Side::Reply) => dnat,
+            Some(Side::Back) => !dnat,
+            _ => false,
+        };
+        let age = self.age(flow);
+        (stands_for_all || self.orphans)
+            && (age > self.timeouts.at_least(flow.proto, flow.side, flow.state)
+                || self.early.is_some_and(|early| {
+                    age > early.age && may_be_spared(flow.proto, flow.side, flow.state, early.most)
+                }))
+    }
+
+    fn age<A: NodeAddr>(&self, flow: &Flow<A>) -> u32 {
+        // Seen after we asked for the time: no age at all.
+        self.now.saturating_sub(flow.last_seen)
+    }
+
+    /// Looks at all entries of the flow: the last packet of either direction counts.
+    fn look<A: NodeAddr>(&self, family: &mut Family<A>, key: &FlowKey<A>, flow: &Flow<A>, swept: &mut Swept) {
+        // The main entry knows the masquerade port; where it is gone, this one has to do.
+        let main = family.flows.get(&flow.key(Side::Forward), 0).ok();
+        let main = main.filter(|main| main.same_origin(flow)).unwrap_or(*flow);
+        let mut keys = entries(&main);
+        if !keys.contains(&Some(*key)) {
+            keys[ENTRIES - 1] = Some(*key);
+        }
+        let (mut found, mut youngest, mut seen) = (0, u32::MAX, Seen::default());
+        for slot in &mut keys {
+            let entry = slot.and_then(|key| family.flows.get(&key, 0).ok());
+            match entry.filter(|entry| entry.same_origin(&main)) {
+                Some(entry) => {
+                    found += 1;
+                    youngest = youngest.min(self.age(&entry));
+                    seen.add(entry.side, entry.state);
+                }
+                // Taken by another flow since, or gone: not ours to remove.
+                None => *slot = None,
+            }
+        }
+        let timed_out = youngest > self.timeouts.of(main.proto, seen);
+        let rank = seen.rank(main.proto);
+        let spared = self.early.is_some_and(|early| rank <= early.most && youngest > early.age);
+        if found == 0 || !timed_out && !spared {
+            return;
+        }
+        for key in keys.iter().flatten() {
+            swept.removed += usize::from(family.flows.remove(key).is_ok());
+        }
+        match rank {
+            _ if timed_out => swept.ended += 1,
+            Rank::Unanswered => swept.unanswered += 1,
+            _ => swept.over += 1,
+        }
+    }
+}
+
+/// A reply to a masqueraded flow finds its way by this entry alone.
+fn mend<A: NodeAddr>(family: &mut Family<A>, forward: &Flow<A>) -> bool {
+    let key = forward.key(Side::Back);
+    if family.flows.get(&key, 0).is_ok() {
+        return false;
+    }
+    // `forward` is a copy: the flow may have ended since, by our own hand.
+    let alive = family.flows.get(&forward.key(Side::Forward), 0).is_ok_and(|now| now.same_origin(forward));
+    // Nobody knows whether the server had answered: the flow must not look as if it had not.
+    let back = Flow { state: Flow::<A>::SEEN, ..forward.as_side(Side::Back) };
+    alive && family.flows.insert(key, back, NOEXIST).is_ok()
+}
+
+/// A packet may have made it in between.
+const NOEXIST: u64 = 1;
+
+/// A flow's own entries, and room for one that is none of them any more.
+const ENTRIES: usize = 5;
+
+/// The keys of all entries that the flow can have.
+fn entries<A: NodeAddr>(flow: &Flow<A>) -> [Option<FlowKey<A>>; ENTRIES] {
+    let dnat = flow.flags & Flow::<A>::DNAT != 0;
+    let masqueraded = flow.flags & Flow::<A>::MASQ_DONE != 0;
+    [
+        Some(flow.key(Side::Forward)),
+        dnat.then(|| flow.key(Side::Front)),
+        dnat.then(|| flow.key(Side::Reply)),
+        masqueraded.then(|| flow.key(Side::Back)),
+        None,
+    ]
+}

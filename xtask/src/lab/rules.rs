@@ -1,0 +1,36 @@
+//! Netfilter rules on a host, as those write them who live on the same nodes as we do.
+
+use std::io::Write as _;
+use std::process::Stdio;
+
+use anyhow::{Context, Result, ensure};
+
+use super::Host;
+use crate::system::{ensure_debian_packages, find_program};
+
+impl Host {
+    /// Has `iptables-restore`, for IPv4 or IPv6, read `rules` on top of what is there: only a chain that is declared in
+    /// them is emptied first. Debian's ordinary flavour of it, which writes nftables.
+    pub fn add_rules(&self, v4: bool, rules: &str) -> Result<()> {
+        let program = if v4 { "iptables-restore" } else { "ip6tables-restore" };
+        self.restore(program, &["--noflush"], rules)
+    }
+
+    /// As [`Self::add_rules`], with the flavour that kube-proxy has used for most of its life, and instead of all that
+    /// was in the tables named.
+    pub fn replace_legacy_rules(&self, v4: bool, rules: &str) -> Result<()> {
+        let program = if v4 { "iptables-legacy-restore" } else { "ip6tables-legacy-restore" };
+        self.restore(program, &[], rules)
+    }
+
+    fn restore(&self, program: &str, args: &[&str], rules: &str) -> Result<()> {
+        ensure_debian_packages(&[("iptables", program)])?;
+        let path = find_program(program).with_context(|| format!("no {program}"))?;
+        let mut child = self.command(path).args(args).stdin(Stdio::piped()).stderr(Stdio::piped()).spawn()?;
+        child.stdin.take().context("no pipe")?.write_all(rules.as_bytes())?;
+        let out = child.wait_with_output()?;
+        let said = String::from_utf8_lossy(&out.stderr);
+        ensure!(out.status.success(), "{program} on {} refused: {said}\n{rules}", self.name());
+        Ok(())
+    }
+}
