@@ -11,9 +11,10 @@ mod reconciler;
 pub use addresses::{NodePortAddresses, node_port_addresses};
 pub use reconciler::{Diff, Reconciler, Totals};
 
-use crate::model::{EndpointSet, Frontend, FrontendAddr, FrontendKind, ServicePort};
-use crate::store::{Node, ObjectName, Port, Service, Slice, Warning};
+use crate::model::{EndpointSet, Frontend, FrontendAddr, FrontendKind, ServicePort, Sources};
+use crate::store::{LocalAddresses, Node, ObjectName, Port, Service, Slice, Warning};
 use endpoints::Categorized;
+use ipnet::IpNet;
 use std::collections::BTreeMap;
 use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
@@ -54,15 +55,23 @@ pub struct DesiredService {
     pub warnings: Vec<Warning>,
 }
 
+/// What decides besides the Service and its endpoints.
+#[derive(Clone, Copy, Debug)]
+pub struct Host<'a> {
+    /// This node's object.
+    pub node: &'a Node,
+    /// The addresses that answer NodePorts, see [`node_port_addresses`].
+    pub node_ports: &'a [IpAddr],
+    /// All addresses of the node.
+    pub addresses: &'a LocalAddresses,
+}
+
 /// What one Service needs of this node: a pure function of its arguments.
-///
-/// `node_addresses` are those that answer NodePorts, see [`node_port_addresses`].
 pub fn service<'a>(
     name: &ObjectName,
     service: &Service,
     slices: impl Iterator<Item = &'a Slice> + Clone,
-    node: &Node,
-    node_addresses: &[IpAddr],
+    host: &Host<'_>,
     config: &Config,
 ) -> DesiredService {
     let mut desired = DesiredService::default();
@@ -77,15 +86,15 @@ pub fn service<'a>(
     for cluster_ip in &service.cluster_ips {
         let v4 = cluster_ip.is_ipv4();
         for port in &service.ports {
-            let usable = Categorized::new(slices.clone(), port, v4, node.zone.as_deref());
-            let mut builder = Builder { name, service, port, config, usable, desired: &mut desired };
+            let usable = Categorized::new(slices.clone(), port, v4, host.node.zone.as_deref());
+            let mut builder = Builder { name, service, port, host, config, usable, desired: &mut desired };
             builder.add(FrontendKind::ClusterIp, port.port, std::slice::from_ref(cluster_ip));
             builder.add(FrontendKind::LoadBalancer, port.port, of_family(&service.load_balancer_ips, v4));
             if config.external_ips {
                 builder.add(FrontendKind::ExternalIp, port.port, of_family(&service.external_ips, v4));
             }
             if let Some(node_port) = port.node_port {
-                builder.add(FrontendKind::NodePort, node_port, of_family(node_addresses, v4));
+                builder.add(FrontendKind::NodePort, node_port, of_family(host.node_ports, v4));
             }
         }
     }
@@ -102,6 +111,7 @@ struct Builder<'a> {
     name: &'a ObjectName,
     service: &'a Service,
     port: &'a Port,
+    host: &'a Host<'a>,
     config: &'a Config,
     usable: Categorized,
     desired: &'a mut DesiredService,
@@ -110,10 +120,8 @@ struct Builder<'a> {
 impl Builder<'_> {
     fn add<'a>(&mut self, kind: FrontendKind, port: u16, addresses: impl IntoIterator<Item = &'a IpAddr>) {
         let mut addresses = addresses.into_iter().peekable();
-        if addresses.peek().is_none() {
-            return;
-        }
-        let frontend = Arc::new(self.frontend(kind));
+        let Some(v4) = addresses.peek().map(|address| address.is_ipv4()) else { return };
+        let frontend = Arc::new(self.frontend(kind, v4));
         for address in addresses {
             let key = FrontendAddr { addr: SocketAddr::new(*address, port), protocol: self.port.protocol };
             // The same address twice in one Service: the kinds come in order of precedence.
@@ -121,7 +129,7 @@ impl Builder<'_> {
         }
     }
 
-    fn frontend(&self, kind: FrontendKind) -> Frontend {
+    fn frontend(&self, kind: FrontendKind, v4: bool) -> Frontend {
         let cluster_ip = kind == FrontendKind::ClusterIp;
         let (internal, external) = if cluster_ip {
             let set = self.usable.set(self.service.internal_local);
@@ -142,7 +150,17 @@ impl Builder<'_> {
             external,
             affinity: self.service.affinity,
             masquerade_always: cluster_ip && self.config.masquerade_all,
+            sources: if kind == FrontendKind::LoadBalancer { self.sources(v4) } else { None },
         }
+    }
+
+    /// `loadBalancerSourceRanges` of one family. A list without any of the family does not restrict it.
+    fn sources(&self, v4: bool) -> Option<Sources> {
+        let ranges = self.service.source_ranges.iter().filter(|range| range.addr().is_ipv4() == v4);
+        let ranges: Arc<[IpNet]> = ranges.copied().collect();
+        let admitted = |address: &IpAddr| ranges.iter().any(|range| range.contains(address));
+        let node = self.host.addresses.all.iter().any(admitted);
+        (!ranges.is_empty()).then_some(Sources { ranges, node })
     }
 }
 

@@ -2,6 +2,7 @@
 //!
 //! [`crate::desired`] produces it from Kubernetes objects, [`crate::kernel`] writes the difference.
 
+use ipnet::IpNet;
 use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::Duration;
@@ -112,4 +113,15 @@ pub struct Frontend {
     pub affinity: Option<Duration>,
     /// Masquerade whoever the client is (`--masquerade-all`).
     pub masquerade_always: bool,
+    /// `loadBalancerSourceRanges`; `None` admits everybody.
+    pub sources: Option<Sources>,
+}
+
+/// Clients that are admitted.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Sources {
+    /// Their addresses, of the frontend's family. Sorted.
+    pub ranges: Arc<[IpNet]>,
+    /// Whether one of the node's own addresses is among them, so that its processes are admitted.
+    pub node: bool,
 }

@@ -83,7 +83,7 @@ impl Store {
             Change::Addresses(addresses) => {
                 let changed = addresses != self.addresses;
                 if changed {
-                    self.mark_node_ports();
+                    self.mark_dependent_on_addresses();
                     self.addresses = addresses;
                 }
                 changed
@@ -144,9 +144,9 @@ impl Store {
         self.dirty.services.extend(self.objects.keys().cloned());
     }
 
-    fn mark_node_ports(&mut self) {
+    fn mark_dependent_on_addresses(&mut self) {
         for (name, entry) in &self.objects {
-            if entry.service.as_ref().is_some_and(|service| service.has_node_port()) {
+            if entry.service.as_ref().is_some_and(|service| service.depends_on_addresses()) {
                 self.dirty.services.insert(name.clone());
             }
         }

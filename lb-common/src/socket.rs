@@ -212,7 +212,9 @@ pub fn from_backend<A: Addr, S: Socket<A>, K: SocketTables<A>>(socket: &mut S, k
 #[cfg(test)]
 mod tests {
     use super::*;
-    use core::cell::RefCell;
+    use crate::addr::Ip4;
+    use core::cell::{Cell, RefCell};
+    use std::boxed::Box;
     use std::collections::HashMap;
     use std::vec::Vec;
 
@@ -244,6 +246,10 @@ mod tests {
         sockets: RefCell<HashMap<SocketKey, &'static SocketPeer>>,
         counts: RefCell<Vec<Reason>>,
         random: RefCell<u32>,
+        cluster_ips: Range<Ip4>,
+        affinities: RefCell<HashMap<AffinityKey, &'static Affinity>>,
+        now: Cell<u32>,
+        pod: bool,
     }
 
     impl SocketTables<Ip4> for Fake {
@@ -261,6 +267,21 @@ mod tests {
         }
         fn put_socket(&self, key: &SocketKey, peer: &SocketPeer) {
             self.sockets.borrow_mut().insert(*key, Box::leak(Box::new(*peer)));
+        }
+        fn cluster_ips(&self) -> Option<&Range<Ip4>> {
+            Some(&self.cluster_ips)
+        }
+        fn affinity(&self, key: &AffinityKey) -> Option<&Affinity> {
+            self.affinities.borrow().get(key).copied()
+        }
+        fn put_affinity(&self, key: &AffinityKey, affinity: &Affinity) {
+            self.affinities.borrow_mut().insert(*key, Box::leak(Box::new(*affinity)));
+        }
+        fn is_node(&self) -> bool {
+            !self.pod
+        }
+        fn now(&self) -> u32 {
+            self.now.get()
         }
         fn random(&self) -> u32 {
             let mut state = self.random.borrow_mut();
@@ -324,6 +345,106 @@ mod tests {
         let other = kernel.slots[&SlotKey { index: (key.index + 1) % 3, ..key }];
         kernel.slots.insert(key, other);
         assert_ne!(send(&kernel), first);
+    }
+
+    /// Changes the Service's frontends.
+    fn change(fake: &mut Fake, change: impl Fn(&mut Frontend)) {
+        fake.frontends.values_mut().for_each(change);
+    }
+
+    fn sent_to(kernel: &Fake, proto: u8) -> Ip4 {
+        let mut socket = asking(proto);
+        assert_eq!(to_service(&mut socket, kernel, false), Decision::Allow);
+        socket.peer.0
+    }
+
+    #[test]
+    fn the_node_s_processes_are_one_client_to_a_service_with_affinity() {
+        let mut kernel = service(10);
+        assert_ne!((0..50).map(|_| sent_to(&kernel, 6)).collect::<std::collections::HashSet<_>>().len(), 1);
+        change(&mut kernel, |frontend| (frontend.affinity, frontend.service) = (30, 5));
+        let first = sent_to(&kernel, 6);
+        for _ in 0..20 {
+            kernel.now.set(kernel.now.get() + 30);
+            assert_eq!(sent_to(&kernel, 6), first, "each connection begins the time anew");
+        }
+        // Another set, in which it is elsewhere.
+        for index in 0..10 {
+            let slot = kernel.slots[&SlotKey { set: 3, index }];
+            kernel.slots.insert(SlotKey { set: 4, index: index + 3 }, slot);
+        }
+        for (index, host) in (0..).zip([1, 2, 3]) {
+            let slot = Slot { addr: ip(&std::format!("10.244.1.{host}")), ..Slot::default() };
+            kernel.slots.insert(SlotKey { set: 4, index }, slot);
+        }
+        change(&mut kernel, |frontend| frontend.internal = Set { id: 4, count: 13 });
+        assert_eq!(sent_to(&kernel, 6), first);
+        // A set without it.
+        kernel.slots.retain(|key, slot| key.set == 3 && slot.addr != first);
+        let left: Vec<_> = kernel.slots.values().copied().collect();
+        for (index, slot) in (0..).zip(left) {
+            kernel.slots.insert(SlotKey { set: 5, index }, slot);
+        }
+        change(&mut kernel, |frontend| frontend.internal = Set { id: 5, count: 9 });
+        let second = sent_to(&kernel, 6);
+        assert_ne!(second, first);
+        assert!((0..20).all(|_| sent_to(&kernel, 6) == second));
+        let moved = (0..20).any(|_| {
+            kernel.now.set(kernel.now.get() + 31);
+            sent_to(&kernel, 6) != second
+        });
+        assert!(moved, "after a while a client may be sent elsewhere");
+    }
+
+    #[test]
+    fn source_ranges_hold_for_the_node_and_are_left_to_the_packets_of_pods() {
+        let mut kernel = service(3);
+        change(&mut kernel, |frontend| frontend.flags = Frontend::SOURCE_RANGES);
+        sent_to(&kernel, 6);
+        change(&mut kernel, |frontend| {
+            frontend.flags = Frontend::SOURCE_RANGES | Frontend::NODE_OUTSIDE_RANGES;
+        });
+        for sticky in [false, true] {
+            assert_eq!(to_service(&mut asking(17), &kernel, sticky), Decision::Drop);
+        }
+        assert_eq!(*kernel.counts.borrow(), [Reason::SourceRange; 2]);
+        // Without endpoints nobody is kept out of anything: refused.
+        change(&mut kernel, |frontend| frontend.internal = Set { id: 0, count: 0 });
+        assert_eq!(to_service(&mut asking(6), &kernel, false), Decision::Refuse);
+        let mut kernel = Fake { pod: true, ..service(3) };
+        for (affinity, flags) in [(1, 0), (0, Frontend::SOURCE_RANGES)] {
+            change(&mut kernel, |frontend| (frontend.affinity, frontend.flags) = (affinity, flags));
+            assert_eq!(sent_to(&kernel, 6), ip("10.96.0.53"));
+        }
+    }
+
+    #[test]
+    fn a_cluster_ip_s_other_ports_refuse() {
+        let mut kernel = service(3);
+        let address = FrontendKey::address(ip("10.96.0.53"));
+        kernel.cluster_ips = Range { first: ip("10.96.0.0"), mask: ip("255.255.0.0") };
+        let ask = |kernel: &Fake, addr, proto| {
+            let mut socket = FakeSocket { peer: (ip(addr), NetPort::new(54)), proto };
+            to_service(&mut socket, kernel, false)
+        };
+        assert_eq!(ask(&kernel, "10.96.0.53", 6), Decision::Allow, "an address that has no entry");
+        kernel.frontends.insert(address, Frontend { flags: Frontend::ADDRESS, ..Frontend::default() });
+        assert_eq!(ask(&kernel, "10.96.0.53", 6), Decision::Allow, "one that is the node's, say");
+        let flags = Frontend::ADDRESS | Frontend::REJECT_OTHER_PORTS;
+        kernel.frontends.insert(address, Frontend { flags, ..Frontend::default() });
+        assert_eq!([6, 17].map(|proto| ask(&kernel, "10.96.0.53", proto)), [Decision::Refuse; 2]);
+        assert_eq!(*kernel.counts.borrow(), [Reason::NoSuchPort; 2]);
+        assert_eq!(ask(&kernel, "10.96.0.54", 6), Decision::Allow);
+        assert_eq!(ask(&kernel, "10.96.0.53", 132), Decision::Allow, "neither TCP nor UDP");
+        sent_to(&kernel, 6);
+    }
+
+    #[test]
+    fn a_local_policy_without_endpoint_drops() {
+        let mut kernel = service(0);
+        change(&mut kernel, |frontend| frontend.flags = Frontend::INTERNAL_DROP);
+        assert_eq!(to_service(&mut asking(6), &kernel, false), Decision::Drop);
+        assert_eq!(*kernel.counts.borrow(), [Reason::NoLocalEndpoint]);
     }
 
     #[test]

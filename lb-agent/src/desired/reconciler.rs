@@ -1,6 +1,6 @@
 //! From changed Services to the smallest set of writes.
 
-use super::{Config, DesiredService, node_port_addresses, service};
+use super::{Config, DesiredService, Host, node_port_addresses, service};
 use crate::model::{EndpointSet, Frontend, FrontendAddr, FrontendKind};
 use crate::store::{ObjectName, Store, Warning};
 use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
@@ -128,8 +128,9 @@ impl Reconciler {
         }
         let Some(found) = store.service(&name) else { return };
         let slices = store.slices(&name).collect::<Vec<_>>();
-        let desired =
-            service(&name, found, slices.iter().copied(), store.node(), &self.node_addresses, &self.config);
+        let host =
+            Host { node: store.node(), node_ports: &self.node_addresses, addresses: store.addresses() };
+        let desired = service(&name, found, slices.iter().copied(), &host, &self.config);
         let new = Kept::new(found.created, desired);
         for (address, frontend) in &new.frontends {
             self.claims.insert(claim(*address, frontend, new.created, &name));

@@ -53,13 +53,12 @@ fn family<A: NodeAddr>(family: &Family<A>, names: &HashMap<u32, ServicePort>) ->
 fn show<A: NodeAddr>(flow: &Value<A>, now: u32, names: &HashMap<u32, ServicePort>) -> Flow {
     let masqueraded = flow.flags & Value::<A>::MASQ_DONE != 0;
     let client = socket_addr(flow.client, flow.client_port).to_string();
-    let translated =
-        if masqueraded { socket_addr(flow.masq, flow.masq_port).to_string() } else { client.clone() };
+    let translated = if masqueraded { (flow.masq, flow.masq_port) } else { (flow.client, flow.alias_port) };
     Flow {
         protocol: protocol(flow.proto),
         original: Tuple { source: client, destination: socket_addr(flow.vip, flow.vip_port).to_string() },
         translated: Tuple {
-            source: translated,
+            source: socket_addr(translated.0, translated.1).to_string(),
             destination: socket_addr(flow.backend, flow.backend_port).to_string(),
         },
         service: (flow.service != 0).then(|| {

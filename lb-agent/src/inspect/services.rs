@@ -7,6 +7,7 @@ use anyhow::{Context as _, Result};
 use lb_common::maps::{Frontend as Value, Set, Slot, SlotKey};
 use serde::Serialize;
 use std::collections::HashMap;
+use std::net::IpAddr;
 
 /// One address that is served.
 #[derive(Clone, Debug, Serialize, PartialEq, Eq, PartialOrd, Ord)]
@@ -29,6 +30,8 @@ pub struct Frontend {
     pub external: Endpoints,
     /// Session affinity in seconds, zero for none.
     pub affinity: u32,
+    /// The only clients that are admitted (`loadBalancerSourceRanges`); empty: everybody is.
+    pub source_ranges: Vec<String>,
 }
 
 /// A set of endpoints.
@@ -64,8 +67,12 @@ pub fn services(tables: &Tables) -> Result<Vec<Frontend>> {
 
 fn family<A: NodeAddr>(family: &Family<A>, names: &HashMap<u32, ServicePort>) -> Result<Vec<Frontend>> {
     let mut all = Vec::new();
+    let ranges = source_ranges(family)?;
     for entry in family.frontends.iter() {
         let (key, value) = entry.context("read the frontends")?;
+        if value.flags & Value::ADDRESS != 0 {
+            continue;
+        }
         let service = names.get(&value.service).cloned().unwrap_or_else(|| ServicePort {
             namespace: String::new(),
             name: format!("#{}", value.service),
@@ -87,7 +94,25 @@ fn family<A: NodeAddr>(family: &Family<A>, names: &HashMap<u32, ServicePort>) ->
             internal: endpoints(family, value.internal, value.flags & Value::INTERNAL_DROP != 0),
             external: endpoints(family, value.external, value.flags & Value::EXTERNAL_DROP != 0),
             affinity: value.affinity,
+            source_ranges: if value.flags & Value::SOURCE_RANGES != 0 {
+                ranges.get(&value.service).cloned().unwrap_or_default()
+            } else {
+                Vec::new()
+            },
         });
+    }
+    Ok(all)
+}
+
+/// By [`Value::service`].
+fn source_ranges<A: NodeAddr>(family: &Family<A>) -> Result<HashMap<u32, Vec<String>>> {
+    let mut all: HashMap<u32, Vec<String>> = HashMap::new();
+    for entry in family.sources.iter() {
+        let (key, _) = entry.context("read the source ranges")?;
+        let source = key.data();
+        let (service, addr): (u32, IpAddr) = (source.service, { source.addr }.into());
+        let range = format!("{addr}/{}", key.prefix_len().saturating_sub(u32::BITS));
+        all.entry(service).or_default().push(range);
     }
     Ok(all)
 }

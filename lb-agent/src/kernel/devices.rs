@@ -138,6 +138,11 @@ impl Devices {
             flags,
             masq4: v4.map(Into::into).unwrap_or_default(),
             masq6: v6.map(Into::into).unwrap_or_default(),
+            netns: match role {
+                Role::Pod => link.peer_netns.and_then(|id| u32::try_from(id).ok()).map_or(0, |id| id + 1),
+                Role::Uplink | Role::Overlay => 0,
+            },
+            pad: 0,
         }
     }
 

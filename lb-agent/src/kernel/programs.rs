@@ -13,7 +13,7 @@ use std::os::fd::AsRawFd as _;
 pub(crate) static OBJECT: &[u8] = aya::include_bytes_aligned!(concat!(env!("OUT_DIR"), "/lb-ebpf.o"));
 
 /// Every map of the object, all pinned.
-pub(crate) const MAPS: [&str; 15] = [
+pub(crate) const MAPS: [&str; 22] = [
     "LB_FLOW4",
     "LB_FLOW6",
     "LB_FRONT4",
@@ -22,6 +22,13 @@ pub(crate) const MAPS: [&str; 15] = [
     "LB_SLOT6",
     "LB_CIDR4",
     "LB_CIDR6",
+    "LB_SOURCE4",
+    "LB_SOURCE6",
+    "LB_RANGE4",
+    "LB_RANGE6",
+    "LB_FRAG4",
+    "LB_FRAG6",
+    "LB_AFFINITY",
     "LB_EPOCH",
     "LB_DEVICE",
     "LB_PORTS",

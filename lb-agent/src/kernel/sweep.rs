@@ -193,7 +193,8 @@ impl Sweeper {
         self.rounds = self.rounds.wrapping_add(1);
         let v4 = make_room(&round, early, plenty, &self.read.v4, &mut self.tables.v4)?;
         let v6 = make_room(&round, early, plenty, &self.read.v6, &mut self.tables.v6)?;
-        debug!(?v4, ?v6, "swept the flow tables");
+        let affinities = self.end_affinities(now)?;
+        debug!(?v4, ?v6, affinities, "swept the flow tables");
         let most = v4.left().max(v6.left()) as u64;
         // Where nothing more can go, it is no use to try again before the rest fills up, too.
         self.alarm = plenty.max(most + limit.saturating_sub(most) / 4);
@@ -212,6 +213,26 @@ impl Sweeper {
             );
         }
         Ok(())
+    }
+}
+
+impl Sweeper {
+    /// Forgets what clients were sent to so long ago that it does not count any more. Returns how much is left.
+    fn end_affinities(&mut self, now: u32) -> Result<usize> {
+        let (mut over, mut left) = (Vec::new(), 0);
+        self.read.for_each_affinity(|key, affinity| {
+            // A client may have come back since we asked for the time.
+            if affinity.last_used > now || affinity.holds(now, affinity.timeout) {
+                left += 1;
+            } else {
+                over.push(*key);
+            }
+        })?;
+        for key in &over {
+            // Gone already, or used again just now: then the client's next flow chooses anew, as it may.
+            let _ = self.tables.affinity.remove(key);
+        }
+        Ok(left)
     }
 }
 

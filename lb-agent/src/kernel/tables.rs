@@ -8,7 +8,11 @@ use aya::maps::lpm_trie::LpmTrie;
 use aya::maps::{Array, HashMap, Map, MapData, PerCpuArray};
 use lb_common::addr::{Ip4, Ip6, NetPort};
 use lb_common::datapath::Reason;
-use lb_common::maps::{Addr, Device, Flow, FlowKey, Frontend, FrontendKey, ServiceName, Slot, SlotKey};
+use lb_common::maps::{
+    Addr, Affinity, AffinityKey, Device, Flow, FlowKey, Frontend, FrontendKey, Range, ServiceName, Slot,
+    SlotKey, SourceKey,
+};
+use std::hash::Hash;
 use std::io;
 use std::net::{IpAddr, SocketAddr};
 use std::os::fd::AsFd as _;
@@ -25,6 +29,10 @@ pub struct Family<A: NodeAddr> {
     pub slots: HashMap<MapData, SlotKey, Slot<A>>,
     /// Address ranges, bits of [`lb_common::maps::cidr`].
     pub cidrs: LpmTrie<MapData, A, u32>,
+    /// Clients that load balancer addresses admit.
+    pub sources: LpmTrie<MapData, SourceKey<A>, u32>,
+    /// The range of all ClusterIPs.
+    pub cluster_ips: Array<MapData, Range<A>>,
 }
 
 /// All tables.
@@ -33,6 +41,10 @@ pub struct Tables {
     pub v4: Family<Ip4>,
     /// IPv6.
     pub v6: Family<Ip6>,
+    /// What clients were sent to last (`sessionAffinity: ClientIP`).
+    pub affinity: HashMap<MapData, AffinityKey, Affinity>,
+    /// The same map again, as for the flows.
+    affinity_map: MapData,
     /// Epochs of UDP backends.
     pub epochs: Array<MapData, u32>,
     /// Devices by index.
@@ -56,6 +68,8 @@ impl Tables {
         Ok(Self {
             v4: Family::open(pins, '4')?,
             v6: Family::open(pins, '6')?,
+            affinity: hash(pins, "LB_AFFINITY")?,
+            affinity_map: open(pins, "LB_AFFINITY")?,
             epochs: Array::try_from(Map::Array(open(pins, "LB_EPOCH")?))?,
             devices: hash(pins, "LB_DEVICE")?,
             ports: Array::try_from(Map::Array(open(pins, "LB_PORTS")?))?,
@@ -75,6 +89,20 @@ impl Tables {
     }
 }
 
+impl Tables {
+    /// Calls `each` with every affinity.
+    ///
+    /// # Errors
+    /// If the map cannot be read.
+    pub fn for_each_affinity(&self, mut each: impl FnMut(&AffinityKey, &Affinity)) -> Result<()> {
+        let each = |key: &AffinityKey, value: &Affinity| {
+            each(key, value);
+            Ok(())
+        };
+        syscall::for_each(self.affinity_map.fd().as_fd(), each).context("read the affinities")
+    }
+}
+
 impl<A: NodeAddr> Family<A> {
     fn open(pins: &Pins, suffix: char) -> Result<Self> {
         let name = |table: &str| format!("{table}{suffix}");
@@ -84,6 +112,8 @@ impl<A: NodeAddr> Family<A> {
             frontends: hash(pins, &name("LB_FRONT"))?,
             slots: hash(pins, &name("LB_SLOT"))?,
             cidrs: LpmTrie::try_from(Map::LpmTrie(open(pins, &name("LB_CIDR"))?))?,
+            sources: LpmTrie::try_from(Map::LpmTrie(open(pins, &name("LB_SOURCE"))?))?,
+            cluster_ips: Array::try_from(Map::Array(open(pins, &name("LB_RANGE"))?))?,
         })
     }
 }
@@ -108,7 +138,7 @@ fn hash<K: Pod, V: Pod>(pins: &Pins, name: &str) -> Result<HashMap<MapData, K, V
 }
 
 /// What user space has to know of a family besides [`Addr`].
-pub trait NodeAddr: Addr + Pod + Into<IpAddr> {
+pub trait NodeAddr: Addr + Pod + Hash + Into<IpAddr> {
     /// The address, if it is of this family.
     fn from_ip(ip: IpAddr) -> Option<Self>;
     /// This family's tables.

@@ -4,8 +4,10 @@
 //! under an id that was never used, then the frontend is flipped to it, then the old set's slots are deleted. A
 //! program that read the frontend just before reads it once more when it misses the slot.
 
+mod cluster_ips;
 pub(crate) mod names;
 mod sets;
+mod sources;
 #[cfg(test)]
 mod tests;
 
@@ -16,11 +18,13 @@ use crate::sync::{Diff, Writer};
 use anyhow::{Context as _, Result};
 use aya::maps::MapError;
 use aya::maps::lpm_trie::Key;
+use cluster_ips::ClusterIps;
 use ipnet::IpNet;
 use lb_common::addr::{Ip4, Ip6, NetPort};
 use lb_common::maps::{Frontend, FrontendKey, Set, cidr};
 use names::Names;
 use sets::Sets;
+use sources::Sources;
 use std::collections::{BTreeMap, HashMap};
 use std::net::{IpAddr, SocketAddr};
 
@@ -30,6 +34,9 @@ pub struct MapWriter {
     frontends: HashMap<FrontendAddr, Frontend>,
     names: Names,
     sets: Sets,
+    sources: Sources,
+    cluster_ips4: ClusterIps<Ip4>,
+    cluster_ips6: ClusterIps<Ip6>,
     /// `--cluster-cidr`; the Node's pod CIDRs stand in where it is empty.
     cluster: Vec<IpNet>,
     no_masquerade: Vec<IpNet>,
@@ -44,22 +51,29 @@ impl MapWriter {
             frontends: HashMap::new(),
             names: Names::default(),
             sets: Sets::default(),
+            sources: Sources::default(),
+            cluster_ips4: ClusterIps::default(),
+            cluster_ips6: ClusterIps::default(),
             cluster,
             no_masquerade,
             written_cidrs: BTreeMap::new(),
         }
     }
 
-    fn adopt_family<A: NodeAddr>(&mut self) -> Result<()> {
-        let family = A::tables(&mut self.tables);
-        for entry in family.frontends.iter() {
+    fn adopt_family<A: Own>(&mut self) -> Result<()> {
+        let entries: Vec<_> = A::tables(&mut self.tables).frontends.iter().collect();
+        for entry in entries {
             let (key, frontend) = entry.context("read the frontends")?;
+            if frontend.flags & Frontend::ADDRESS != 0 {
+                A::cluster_ips(self).1.adopt(key.addr);
+                continue;
+            }
             let Some(protocol) = protocol(key.proto) else { continue };
             let addr = FrontendAddr { addr: SocketAddr::new(key.addr.into(), key.port.get()), protocol };
             self.frontends.insert(addr, frontend);
         }
         let mut slots: HashMap<u32, Vec<_>> = HashMap::new();
-        for entry in family.slots.iter() {
+        for entry in A::tables(&mut self.tables).slots.iter() {
             let (key, slot) = entry.context("read the slots")?;
             slots.entry(key.set).or_default().push((key.index, slot));
         }
@@ -67,7 +81,7 @@ impl MapWriter {
         Ok(())
     }
 
-    fn upsert<A: NodeAddr>(&mut self, at: &FrontendAddr, wanted: &model::Frontend) -> Result<()> {
+    fn upsert<A: Own>(&mut self, at: &FrontendAddr, wanted: &model::Frontend) -> Result<()> {
         let service = self.names.id(&mut self.tables.names, &wanted.service)?;
         let udp = at.protocol == Protocol::Udp;
         let internal = self.sets.take::<A>(&mut self.tables, service, &wanted.internal, udp)?;
@@ -85,6 +99,13 @@ impl MapWriter {
         }
         if at.addr.ip().is_loopback() {
             flags |= Frontend::SOCKETS_ONLY;
+        }
+        if let Some(sources) = &wanted.sources {
+            self.sources.set(&mut self.tables, service, A::IS_V4, &sources.ranges)?;
+            flags |= Frontend::SOURCE_RANGES;
+            if !sources.node {
+                flags |= Frontend::NODE_OUTSIDE_RANGES;
+            }
         }
         let value = Frontend {
             internal,
@@ -104,6 +125,7 @@ impl MapWriter {
                 .with_context(|| format!("write the frontend {} {}", at.addr, at.protocol))?;
             self.frontends.insert(*at, value);
             self.names.hold(service);
+            self.hold_address::<A>(at, &value)?;
         } else {
             // The same sets were taken once more.
             self.sets.release::<A>(&mut self.tables, internal)?;
@@ -111,25 +133,40 @@ impl MapWriter {
             return Ok(());
         }
         if let Some(old) = old {
-            self.retire::<A>(&old)?;
+            self.retire::<A>(at, &old)?;
         }
         Ok(())
     }
 
-    fn delete<A: NodeAddr>(&mut self, at: &FrontendAddr) -> Result<()> {
+    fn delete<A: Own>(&mut self, at: &FrontendAddr) -> Result<()> {
         let Some(old) = self.frontends.get(at).copied() else { return Ok(()) };
         let key = frontend_key::<A>(at)?;
         gone(A::tables(&mut self.tables).frontends.remove(&key))
             .with_context(|| format!("delete the frontend {} {}", at.addr, at.protocol))?;
         self.frontends.remove(at);
-        self.retire::<A>(&old)
+        self.retire::<A>(at, &old)
     }
 
     /// Lets go of what a frontend value that is no longer in the map used.
-    fn retire<A: NodeAddr>(&mut self, old: &Frontend) -> Result<()> {
+    fn retire<A: Own>(&mut self, at: &FrontendAddr, old: &Frontend) -> Result<()> {
+        if old.kind == kind(FrontendKind::ClusterIp) {
+            let (tables, ips) = A::cluster_ips(self);
+            ips.release(tables, addr(at.addr.ip())?)?;
+        }
         self.sets.release::<A>(&mut self.tables, old.internal)?;
         self.sets.release::<A>(&mut self.tables, old.external)?;
-        self.names.release(&mut self.tables.names, old.service)
+        if self.names.release(&mut self.tables.names, old.service)? {
+            self.sources.forget(&mut self.tables, old.service)?;
+        }
+        Ok(())
+    }
+
+    fn hold_address<A: Own>(&mut self, at: &FrontendAddr, value: &Frontend) -> Result<()> {
+        if value.kind == kind(FrontendKind::ClusterIp) {
+            let (tables, ips) = A::cluster_ips(self);
+            ips.hold(tables, addr(at.addr.ip())?)?;
+        }
+        Ok(())
     }
 
     fn write_cidrs(&mut self, node: &Node) -> Result<()> {
@@ -192,10 +229,18 @@ impl Writer for MapWriter {
         self.names.adopt(&self.tables.names)?;
         self.adopt_family::<Ip4>()?;
         self.adopt_family::<Ip6>()?;
-        for frontend in self.frontends.values() {
+        self.sources.adopt(&self.tables)?;
+        let frontends: Vec<_> = self.frontends.iter().map(|(at, value)| (*at, *value)).collect();
+        for (at, frontend) in &frontends {
             self.names.hold(frontend.service);
+            match at.addr {
+                SocketAddr::V4(_) => self.hold_address::<Ip4>(at, frontend)?,
+                SocketAddr::V6(_) => self.hold_address::<Ip6>(at, frontend)?,
+            }
         }
         self.sets.drop_orphans(&mut self.tables)?;
+        self.cluster_ips4.drop_orphans(&mut self.tables)?;
+        self.cluster_ips6.drop_orphans(&mut self.tables)?;
         self.adopt_cidrs()?;
         Ok(self.frontends.keys().copied().collect())
     }
@@ -218,6 +263,24 @@ impl Writer for MapWriter {
 
     fn node_changed(&mut self, node: &Node, _: &LocalAddresses) -> Result<()> {
         self.write_cidrs(node)
+    }
+}
+
+/// What the writer keeps of each family.
+trait Own: NodeAddr {
+    /// The addresses of ClusterIPs, and the maps to write them to.
+    fn cluster_ips(writer: &mut MapWriter) -> (&mut Tables, &mut ClusterIps<Self>);
+}
+
+impl Own for Ip4 {
+    fn cluster_ips(writer: &mut MapWriter) -> (&mut Tables, &mut ClusterIps<Self>) {
+        (&mut writer.tables, &mut writer.cluster_ips4)
+    }
+}
+
+impl Own for Ip6 {
+    fn cluster_ips(writer: &mut MapWriter) -> (&mut Tables, &mut ClusterIps<Self>) {
+        (&mut writer.tables, &mut writer.cluster_ips6)
     }
 }
 

@@ -55,9 +55,9 @@ pub struct Port {
 }
 
 impl Service {
-    /// Whether any of its frontends depends on the node's addresses.
-    pub fn has_node_port(&self) -> bool {
-        self.ports.iter().any(|port| port.node_port.is_some())
+    /// Whether anything about it depends on the node's addresses.
+    pub fn depends_on_addresses(&self) -> bool {
+        !self.source_ranges.is_empty() || self.ports.iter().any(|port| port.node_port.is_some())
     }
 
     /// Whether it has a ClusterIP of the family of `address`.
@@ -192,9 +192,8 @@ fn source_ranges(spec: &core::ServiceSpec, warnings: &mut Vec<Warning>) -> Box<[
                 .push(Warning::Cidr { field: "spec.loadBalancerSourceRanges", value: value.as_str().into() }),
         }
     }
-    if !ranges.is_empty() {
-        warnings.push(Warning::SourceRanges);
-    }
+    ranges.sort_unstable();
+    ranges.dedup();
     ranges.into()
 }
 

@@ -62,11 +62,6 @@ pub enum Warning {
         /// Its type.
         kind: Box<str>,
     },
-    /// `loadBalancerSourceRanges` are not enforced yet.
-    #[error(
-        "spec.loadBalancerSourceRanges is not enforced: everybody can reach the load balancer's addresses"
-    )]
-    SourceRanges,
     /// `externalIPs` are switched off.
     #[error("spec.externalIPs is not served: --external-ips=false")]
     ExternalIps,

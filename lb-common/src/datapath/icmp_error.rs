@@ -57,10 +57,10 @@ fn translate<A: Wire, P: Packet, K: Tables<A>>(
     // The last is the port at the quoted packet's other end, which differs where the flow has an alias.
     let (addr, port, other) = match (end, Side::from_raw(flow.side)) {
         (End::Destination, Some(Side::Front)) => (flow.backend, flow.backend_port, flow.alias_port),
-        (End::Destination, Some(Side::Back)) => (flow.client, flow.alias_port, quoted.key.sport),
+        (End::Destination, Some(Side::Back)) => (flow.client, flow.alias_port, quoted.key.dport),
         (End::Source, Some(Side::Reply)) => (flow.vip, flow.vip_port, flow.client_port),
         (End::Source, Some(Side::Forward)) if flow.flags & Flow::<A>::MASQ_DONE != 0 => {
-            (flow.masq, flow.masq_port, quoted.key.dport)
+            (flow.masq, flow.masq_port, quoted.key.sport)
         }
         _ => return Verdict::Pass,
     };

@@ -308,6 +308,9 @@ impl Wire for Ip6 {
             if header.proto == 44 {
                 let offset = u16::from_be_bytes([ext[2], ext[3]]);
                 if offset & 0xfff8 != 0 {
+                    if too_short(ip.payload_len, header.len - Self::HEADER) {
+                        break;
+                    }
                     return Err(NotOurs::Fragment);
                 }
                 header.more_fragments = offset & 1;

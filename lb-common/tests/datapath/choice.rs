@@ -1,5 +1,6 @@
 //! Which backend, which port, and what happens when there is none.
 
+use crate::send::pass;
 use crate::support::build::{self, ACK, FIN, L4, RST, SYN};
 use crate::support::cluster::{
     BACKEND, BOTH, CLIENT, Net, OVERLAY, UPLINK, backends_of, cluster, serve, sock,
@@ -12,35 +13,6 @@ use lb_common::datapath::Reason;
 use lb_common::maps::{Device, FlowKey, Frontend, Side};
 use std::collections::{HashMap, HashSet};
 use std::net::{IpAddr, SocketAddr};
-
-/// Sends one packet through one hook; `Some` is what it became, by etherparse.
-fn pass(
-    world: &World,
-    device: u32,
-    hook: Hook,
-    src: SocketAddr,
-    dst: SocketAddr,
-    l4: L4,
-) -> Option<(SocketAddr, SocketAddr)> {
-    let mut frame = Frame::new(build::packet(src, dst, l4, b""));
-    let action = world.run(device, hook, &mut frame);
-    (action == Action::Pass).then(|| tuple(&frame.bytes))
-}
-
-fn tuple(frame: &[u8]) -> (SocketAddr, SocketAddr) {
-    use etherparse::{NetSlice, SlicedPacket, TransportSlice};
-    let packet = SlicedPacket::from_ethernet(frame).expect("a packet");
-    let (src, dst): (IpAddr, IpAddr) = match packet.net.expect("an IP header") {
-        NetSlice::Ipv4(ip) => (ip.header().source_addr().into(), ip.header().destination_addr().into()),
-        NetSlice::Ipv6(ip) => (ip.header().source_addr().into(), ip.header().destination_addr().into()),
-        NetSlice::Arp(_) => panic!("ARP"),
-    };
-    match packet.transport.expect("a transport header") {
-        TransportSlice::Tcp(h) => (sock(src, h.source_port()), sock(dst, h.destination_port())),
-        TransportSlice::Udp(h) => (sock(src, h.source_port()), sock(dst, h.destination_port())),
-        other => panic!("{other:?}"),
-    }
-}
 
 fn chosen(world: &World, src: SocketAddr, dst: SocketAddr, l4: L4) -> SocketAddr {
     pass(world, CLIENT, Hook::Ingress, src, dst, l4).expect("it passes").1
@@ -194,57 +166,6 @@ fn a_missing_slot_drops_and_is_counted() {
     assert_eq!(world.counter(Reason::SlotMissing), 1);
 }
 
-/// Two Services with the same backend, and a client that uses one port for both.
-fn collision(v6: bool) -> (World, Net, [SocketAddr; 2], SocketAddr, SocketAddr) {
-    let n = Net::of(v6);
-    let (vips, backend) = ([sock(n.vip, 80), sock(n.vip, 90)], sock(n.near, 8080));
-    let mut world = cluster();
-    for vip in vips {
-        serve(&mut world, 6, vip, &[(backend, true)]);
-    }
-    (world, n, vips, backend, sock(n.pod, 5000))
-}
-
-fn collide<A: Fam>(v6: bool) {
-    let (world, _, vips, backend, client) = collision(v6);
-    assert_eq!(chosen(&world, client, vips[0], L4::Tcp(SYN)), backend);
-    let all = A::of(&world).flows();
-    for lost in [None].into_iter().chain(all.keys().map(Some)) {
-        let (world, _, vips, backend, client) = collision(v6);
-        assert_eq!(chosen(&world, client, vips[0], L4::Tcp(SYN)), backend);
-        if let Some(key) = lost {
-            A::of(&world).lose(key);
-        }
-        let second = pass(&world, CLIENT, Hook::Ingress, client, vips[1], L4::Tcp(SYN));
-        assert_eq!(second, None, "{lost:?}");
-        assert_eq!(world.counter(Reason::Collision), 1);
-        // The first one does not notice.
-        for _ in 0..2 {
-            let reply = pass(&world, CLIENT, Hook::Egress, backend, client, L4::Tcp(ACK));
-            assert_eq!(reply, Some((vips[0], client)), "{lost:?}");
-            assert_eq!(chosen(&world, client, vips[0], L4::Tcp(ACK)), backend);
-        }
-        // Until it has been closed.
-        chosen(&world, client, vips[0], L4::Tcp(FIN | ACK));
-        pass(&world, BACKEND, Hook::Egress, client, backend, L4::Tcp(FIN | ACK));
-        pass(&world, CLIENT, Hook::Egress, backend, client, L4::Tcp(FIN | ACK));
-        assert_eq!(chosen(&world, client, vips[1], L4::Tcp(SYN)), backend);
-        let reply = pass(&world, CLIENT, Hook::Egress, backend, client, L4::Tcp(SYN | ACK));
-        assert_eq!(reply, Some((vips[1], client)));
-        // The first Service once more, from the same port: it must not take what is now the second one's.
-        let third = pass(&world, CLIENT, Hook::Ingress, client, vips[0], L4::Tcp(SYN));
-        assert_eq!(third, None, "{lost:?}");
-        let reply = pass(&world, CLIENT, Hook::Egress, backend, client, L4::Tcp(ACK));
-        assert_eq!(reply, Some((vips[1], client)), "{lost:?}");
-    }
-}
-
-#[test]
-fn a_flow_that_collides_after_translation_disturbs_nobody() {
-    collide::<Ip4>(false);
-    collide::<Ip6>(true);
-}
-
 fn masq<A: Fam>(v6: bool) {
     let n = Net::of(v6);
     let mut world = cluster();
@@ -283,7 +204,8 @@ fn world_socket<A: Fam>(world: &mut World, from: SocketAddr, to: SocketAddr) {
         sport: NetPort::new(from.port()),
         dport: NetPort::new(to.port()),
         proto: 17,
-        pad: [0; 3],
+        variant: 0,
+        pad: [0; 2],
     };
     A::of_mut(world).sockets.insert(key);
 }

@@ -6,8 +6,12 @@
 mod support;
 
 mod choice;
+mod collide;
 mod errors;
+mod fragments;
 mod hostile;
 mod loss;
 mod paths;
+mod policy;
 mod refuse;
+mod send;

@@ -92,6 +92,40 @@ pub(crate) fn packet(src: SocketAddr, dst: SocketAddr, l4: L4, payload: &[u8]) -
     bytes
 }
 
+/// The packets that a router or sender would make of one that is too large: `size` bytes of payload each, a multiple
+/// of eight.
+pub(crate) fn fragments(packet: &[u8], id: u16, size: usize) -> Vec<Vec<u8>> {
+    let v4 = packet[12] == 8;
+    let header = ETH + if v4 { 20 } else { 40 };
+    let count = packet[header..].len().div_ceil(size);
+    let chunks = packet[header..].chunks(size).enumerate();
+    chunks
+        .map(|(number, chunk)| {
+            let mut bytes = packet[..header].to_vec();
+            let offset = (number * size) as u16;
+            let more = u16::from(number + 1 < count);
+            if v4 {
+                let mut ip = etherparse::Ipv4Header::from_slice(&bytes[ETH..]).expect("a header").0;
+                ip.identification = id;
+                ip.dont_fragment = false;
+                ip.more_fragments = more == 1;
+                ip.fragment_offset = etherparse::IpFragOffset::try_new(offset / 8).expect("an offset");
+                ip.set_payload_len(chunk.len()).expect("a length");
+                ip.header_checksum = ip.calc_header_checksum();
+                bytes[ETH..].copy_from_slice(&ip.to_bytes());
+            } else {
+                let [a, b] = (offset | more).to_be_bytes();
+                let [c, d] = id.to_be_bytes();
+                bytes[ETH + 4..ETH + 6].copy_from_slice(&((chunk.len() + 8) as u16).to_be_bytes());
+                bytes.extend([packet[ETH + 6], 0, a, b, 0, 0, c, d]);
+                bytes[ETH + 6] = 44;
+            }
+            bytes.extend(chunk);
+            bytes
+        })
+        .collect()
+}
+
 /// An ICMP error's type and code by family, and the rest of its header.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Error {

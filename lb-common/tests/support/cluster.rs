@@ -54,8 +54,12 @@ pub(crate) fn sock(ip: IpAddr, port: u16) -> SocketAddr {
 pub(crate) fn cluster() -> World {
     let mut world = World::empty();
     let (v4, v6) = (Net::of(false), Net::of(true));
-    let device =
-        |flags, a: IpAddr, b: IpAddr| Device { flags, masq4: Ip4::from_ip(a), masq6: Ip6::from_ip(b) };
+    let device = |flags, a: IpAddr, b: IpAddr| Device {
+        flags,
+        masq4: Ip4::from_ip(a),
+        masq6: Ip6::from_ip(b),
+        ..Device::default()
+    };
     for pod in [CLIENT, BACKEND] {
         world.devices.insert(pod, device(Device::POD, v4.gateway, v6.gateway));
     }
@@ -64,6 +68,8 @@ pub(crate) fn cluster() -> World {
     let ip = |s: &str| -> IpAddr { s.parse().expect("an address") };
     world.v4.cidrs.push((Ip4::from_ip(ip("10.42.0.0")), 16, cidr::CLUSTER));
     world.v4.cidrs.push((Ip4::from_ip(ip("198.51.100.0")), 24, cidr::NO_MASQUERADE));
+    world.v4.cidrs.push((Ip4::from_ip(ip("169.254.0.0")), 16, cidr::NO_MASQUERADE));
+    world.v6.cidrs.push((Ip6::from_ip(ip("fe80::")), 10, cidr::NO_MASQUERADE));
     world.v6.cidrs.push((Ip6::from_ip(ip("fd00:42::")), 32, cidr::CLUSTER));
     world.v6.cidrs.push((Ip6::from_ip(ip("2001:db8:51::")), 48, cidr::NO_MASQUERADE));
     world

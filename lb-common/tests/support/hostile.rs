@@ -229,8 +229,8 @@ pub(crate) fn bad(rng: &mut Rng, v6: bool) -> Vec<u8> {
     frame
 }
 
-/// Whether etherparse finds ports (or an ICMP header) where the packet's own lengths say that they are. The payload may
-/// be cut short: that is for the receiver to see.
+/// Whether etherparse finds ports (or an ICMP header) where the packet's own lengths say that they are, or a later
+/// fragment, which has none. The payload may be cut short: that is for the receiver to see.
 fn readable(frame: &[u8]) -> bool {
     let Ok(packet) = etherparse::LaxSlicedPacket::from_ethernet(frame) else { return false };
     let (payload, declared) = match packet.net {
@@ -244,11 +244,25 @@ fn readable(frame: &[u8]) -> bool {
         }
         _ => return false,
     };
+    if is_later_fragment(frame) {
+        return true;
+    }
     // A length of zero stands for more than 64 KiB.
     let zero = frame[if frame[12] == 8 { 16..18 } else { 18..20 }] == [0, 0];
     payload.payload.len() >= 8
         && (zero || declared.is_some_and(|len| len >= 8))
         && matches!(payload.ip_number.0, 6 | 17 | 1 | 58)
+}
+
+fn is_later_fragment(frame: &[u8]) -> bool {
+    use etherparse::{Ipv6ExtensionSlice, LaxNetSlice};
+    match etherparse::LaxSlicedPacket::from_ethernet(frame).ok().and_then(|packet| packet.net) {
+        Some(LaxNetSlice::Ipv4(ip)) => ip.header().fragments_offset().value() != 0,
+        Some(LaxNetSlice::Ipv6(ip)) => ip.extensions().clone().into_iter().any(|extension| {
+            matches!(extension, Ipv6ExtensionSlice::Fragment(f) if f.fragment_offset().value() != 0)
+        }),
+        _ => false,
+    }
 }
 
 /// What must hold whatever was sent: see the messages.

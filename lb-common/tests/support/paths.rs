@@ -250,6 +250,38 @@ impl<'a> Talk<'a> {
         Ok(())
     }
 
+    /// Sends a packet in fragments of `size` bytes and compares them after every hook.
+    pub(crate) fn fragments(
+        &mut self,
+        runner: &mut impl Runner,
+        way: Way,
+        l4: L4,
+        (data, id, size): (&[u8], u16, usize),
+    ) -> Result<(), String> {
+        let (mut src, mut dst, hops) = self.start(way);
+        let split = |src, dst| build::fragments(&build::packet(src, dst, l4, data), id, size);
+        let mut frames: Vec<Frame> = split(src, dst).into_iter().map(Frame::new).collect();
+        for &(device, hook, change) in hops {
+            for frame in &mut frames {
+                let action = runner.run(device, hook, frame);
+                if action != Action::Pass {
+                    return Err(self.at(device, hook, &action));
+                }
+            }
+            if let (Change::ToMasq(addr), None) = (change, self.masq) {
+                self.masq = Some(sock(addr, source_port(&frames[0].bytes)));
+            }
+            (src, dst) = self.change(change, (src, dst));
+            for (frame, expected) in frames.iter().zip(split(src, dst)) {
+                if frame.bytes != expected {
+                    let at = self.at(device, hook, &src);
+                    return Err(format!("{at}\n  got      {:02x?}\n  expected {expected:02x?}", frame.bytes));
+                }
+            }
+        }
+        Ok(())
+    }
+
     /// Sends an ICMP error against the way of a packet that went `quoted_way`, from the far end of that way or from a
     /// router, quoting `quote` bytes, and compares it after every hook.
     pub(crate) fn error(
@@ -305,7 +337,11 @@ pub(crate) struct Trouble {
 
 /// Source port, or echo identifier.
 fn source_port(frame: &[u8]) -> u16 {
-    let (l4, proto) = if frame[12] == 8 { (34, frame[23]) } else { (54, frame[20]) };
+    let (l4, proto) = match frame[12] {
+        8 => (34, frame[23]),
+        _ if frame[20] == 44 => (62, frame[54]),
+        _ => (54, frame[20]),
+    };
     let at = if matches!(proto, 6 | 17) { l4 } else { l4 + 4 };
     u16::from_be_bytes([frame[at], frame[at + 1]])
 }

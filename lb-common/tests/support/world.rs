@@ -3,7 +3,10 @@
 use super::frame::Frame;
 use lb_common::addr::{Ip4, Ip6, NetPort};
 use lb_common::datapath::{self, FlowRef, Kernel, Put, PutError, Reason, Tables, Verdict, Wire};
-use lb_common::maps::{Addr, Device, Flow, FlowKey, Frontend, FrontendKey, Set, Slot, SlotKey};
+use lb_common::maps::{
+    Addr, Affinity, AffinityKey, Device, Flow, FlowKey, Fragment, FragmentKey, Frontend, FrontendKey, Range,
+    Set, Slot, SlotKey,
+};
 use std::cell::{Cell, RefCell, UnsafeCell};
 use std::collections::{HashMap, HashSet};
 use std::hash::Hash;
@@ -49,6 +52,13 @@ pub(crate) struct Family<A> {
     pub(crate) cidrs: Vec<(A, u8, u32)>,
     /// Tuples that a socket of the node would take.
     pub(crate) sockets: HashSet<FlowKey<A>>,
+    /// Connections of sockets in other network namespaces, as their peers send.
+    pub(crate) connections: HashSet<(u32, FlowKey<A>)>,
+    /// `loadBalancerSourceRanges`: Service, address, prefix length.
+    pub(crate) sources: Vec<(u32, A, u8)>,
+    pub(crate) cluster_ips: Range<A>,
+    fragments: RefCell<HashMap<FragmentKey<A>, &'static Fragment>>,
+    draft: Entry<A>,
 }
 
 impl<A: Fam> Family<A> {
@@ -76,6 +86,8 @@ pub(crate) struct World {
     pub(crate) seed: u32,
     pub(crate) now: Cell<u32>,
     pub(crate) capacity: usize,
+    pub(crate) affinity_capacity: usize,
+    affinities: RefCell<HashMap<AffinityKey, &'static Affinity>>,
     ifindex: Cell<u32>,
     counts: RefCell<[u64; Reason::ALL.len()]>,
     sets: u32,
@@ -93,6 +105,8 @@ impl World {
             seed: 0x5eed,
             now: Cell::new(100),
             capacity: usize::MAX,
+            affinity_capacity: usize::MAX,
+            affinities: RefCell::default(),
             ifindex: Cell::new(0),
             counts: RefCell::default(),
             sets: 0,
@@ -226,6 +240,20 @@ impl Kernel for World {
     fn port_reserved(&self, port: u16) -> bool {
         self.reserved.contains(&port)
     }
+
+    fn affinity(&self, key: &AffinityKey) -> Option<&Affinity> {
+        self.affinities.borrow().get(key).copied()
+    }
+
+    fn put_affinity(&self, key: &AffinityKey, affinity: &Affinity) -> bool {
+        let mut all = self.affinities.borrow_mut();
+        if all.len() >= self.affinity_capacity && !all.contains_key(key) {
+            return false;
+        }
+        // A reader may hold the old one; a test's few can be leaked.
+        all.insert(*key, Box::leak(Box::new(*affinity)));
+        true
+    }
 }
 
 impl<A: Fam> Tables<A> for World {
@@ -234,6 +262,11 @@ impl<A: Fam> Tables<A> for World {
         let at = NonNull::new(flows.get(key)?.get())?;
         // SAFETY: entries are boxed, and those removed or replaced are kept until the program has ended.
         Some(unsafe { FlowRef::new(at) })
+    }
+
+    fn draft(&self) -> Option<FlowRef<'_, A>> {
+        // SAFETY: boxed, and only one program runs.
+        NonNull::new(A::of(self).draft.get()).map(|at| unsafe { FlowRef::new(at) })
     }
 
     fn put_flow(&self, key: &FlowKey<A>, flow: &Flow<A>, how: Put) -> Result<(), PutError> {
@@ -268,6 +301,27 @@ impl<A: Fam> Tables<A> for World {
 
     fn socket_wants(&self, key: &FlowKey<A>) -> bool {
         A::of(self).sockets.contains(key)
+    }
+
+    fn connected(&self, key: &FlowKey<A>, netns: u32) -> bool {
+        A::of(self).connections.contains(&(netns, *key))
+    }
+
+    fn cluster_ips(&self) -> Option<&Range<A>> {
+        Some(&A::of(self).cluster_ips)
+    }
+
+    fn source_admitted(&self, service: u32, client: A) -> bool {
+        let admits = |(id, net, len): &(u32, A, u8)| *id == service && bits(*net, *len) == bits(client, *len);
+        A::of(self).sources.iter().any(admits)
+    }
+
+    fn fragment(&self, key: &FragmentKey<A>) -> Option<&Fragment> {
+        A::of(self).fragments.borrow().get(key).copied()
+    }
+
+    fn put_fragment(&self, key: &FragmentKey<A>, fragment: &Fragment) {
+        A::of(self).fragments.borrow_mut().insert(*key, Box::leak(Box::new(*fragment)));
     }
 }
 

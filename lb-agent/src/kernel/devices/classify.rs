@@ -43,7 +43,9 @@ pub(super) fn classify(link: &Link, snapshot: &Snapshot, args: &RunArgs) -> Opti
     }
     let addressed = snapshot.has_global_address(link.index);
     let is_pod = kind == "veth"
-        && (link.bridge.is_some() || !addressed || link.peer_elsewhere && !snapshot.is_way_out(link.index));
+        && (link.bridge.is_some()
+            || !addressed
+            || link.peer_netns.is_some() && !snapshot.is_way_out(link.index));
     if is_pod {
         return args.pod_devices.is_empty().then_some(Role::Pod);
     }

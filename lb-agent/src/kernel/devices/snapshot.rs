@@ -30,8 +30,8 @@ pub struct Link {
     pub loopback: bool,
     /// Whether its packets start with an Ethernet header.
     pub ethernet: bool,
-    /// Whether its other end is in another network namespace.
-    pub peer_elsewhere: bool,
+    /// The network namespace of its other end, if that is another one.
+    pub peer_netns: Option<i32>,
 }
 
 /// An address of a device.
@@ -163,7 +163,7 @@ fn link(message: LinkMessage) -> Link {
         match attribute {
             LinkAttribute::IfName(name) => link.name = name,
             LinkAttribute::Controller(index) => link.bridge = Some(index),
-            LinkAttribute::LinkNetNsId(_) => link.peer_elsewhere = true,
+            LinkAttribute::LinkNetNsId(id) => link.peer_netns = Some(id),
             LinkAttribute::LinkInfo(infos) => {
                 for info in infos {
                     if let LinkInfo::Kind(kind) = info {

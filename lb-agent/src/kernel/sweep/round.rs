@@ -117,6 +117,13 @@ impl Round<'_> {
         if found == 0 || !timed_out && !spared {
             return;
         }
+        if let Some(forward) = keys[0] {
+            // A straight flow with the same tuple is found by way of this entry.
+            let straight = FlowKey { variant: 1, ..forward };
+            if family.flows.get(&straight, 0).is_ok() {
+                keys[0] = None;
+            }
+        }
         for key in keys.iter().flatten() {
             swept.removed += usize::from(family.flows.remove(key).is_ok());
         }

@@ -49,16 +49,18 @@ impl Names {
         }
     }
 
-    pub(super) fn release(&mut self, map: &mut Map, id: u32) -> Result<()> {
-        let Some((_, count)) = self.held.get_mut(&id) else { return Ok(()) };
+    /// Gives back one use of an id; true if it was the last, and the id means nothing any more.
+    pub(super) fn release(&mut self, map: &mut Map, id: u32) -> Result<bool> {
+        let Some((_, count)) = self.held.get_mut(&id) else { return Ok(false) };
         *count = count.saturating_sub(1);
         if *count == 0
             && let Some((service, _)) = self.held.remove(&id)
         {
             self.ids.remove(&service);
             gone(map.remove(&id)).with_context(|| format!("delete the name of {service}"))?;
+            return Ok(true);
         }
-        Ok(())
+        Ok(false)
     }
 }
 
