@@ -9,7 +9,9 @@ use anyhow::{Context, Result, bail, ensure};
 use serde::de::DeserializeOwned;
 
 use super::wire::{Answer, Failure};
-use super::{Ask, Bulk, BulkReport, Churn, ChurnReport, Ping, Question, Serve, Tally};
+use super::{
+    Ask, Bulk, BulkReport, Churn, ChurnReport, Flood, FloodReport, Ping, Question, Serve, Tally,
+};
 use crate::lab::{Host, xtask_exe};
 
 /// A server that runs until it is dropped.
@@ -129,6 +131,11 @@ impl Host {
     /// Opens and closes many TCP connections.
     pub fn churn(&self, churn: &Churn) -> Result<ChurnReport> {
         self.probe_lines(&churn.args())?.pop().context("no report from the probe")
+    }
+
+    /// Sends datagrams from many ports.
+    pub fn flood(&self, flood: &Flood) -> Result<FloodReport> {
+        self.probe_lines(&flood.args())?.pop().context("no report from the probe")
     }
 
     /// Asks many at the same time; the tallies are in the order of the questions.

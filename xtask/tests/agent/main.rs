@@ -4,6 +4,7 @@ mod api;
 mod churn;
 mod devices;
 mod endpoints;
+mod flood;
 mod hostile;
 mod inspect;
 mod manifests;
