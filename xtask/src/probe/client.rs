@@ -10,7 +10,7 @@ use serde::de::DeserializeOwned;
 
 use super::wire::{Answer, Failure};
 use super::{
-    Ask, Bulk, BulkReport, Churn, ChurnReport, Flood, FloodReport, Ping, Question, Serve, Tally,
+    Ask, Bulk, BulkReport, Churn, ChurnReport, Flood, FloodReport, Ping, Question, Serve, Survey, Tally,
 };
 use crate::lab::{Host, xtask_exe};
 
@@ -139,9 +139,8 @@ impl Host {
     }
 
     /// Asks many at the same time; the tallies are in the order of the questions.
-    pub fn survey(&self, questions: &[Question]) -> Result<Vec<Tally>> {
-        let mut child =
-            self.probe(&["survey".into()])?.stdin(Stdio::piped()).stdout(Stdio::piped()).spawn()?;
+    pub fn survey(&self, survey: &Survey, questions: &[Question]) -> Result<Vec<Tally>> {
+        let mut child = self.probe(&survey.args())?.stdin(Stdio::piped()).stdout(Stdio::piped()).spawn()?;
         let mut input = child.stdin.take().context("no pipe to the probe")?;
         input.write_all(&serde_json::to_vec(questions)?)?;
         drop(input);
