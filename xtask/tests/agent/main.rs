@@ -8,6 +8,7 @@ mod flood;
 mod hostile;
 mod inspect;
 mod manifests;
+mod masquerade;
 mod paths;
 mod refusals;
 mod restart;
