@@ -5,6 +5,7 @@ mod churn;
 mod devices;
 mod endpoints;
 mod flood;
+mod health;
 mod hostile;
 mod inspect;
 mod manifests;
