@@ -76,6 +76,11 @@ pub struct RunArgs {
     )]
     pub non_masquerade_cidrs: CidrList,
 
+    /// ip-masq-agent's configuration file (YAML or JSON, read again when it changes): nonMasqueradeCIDRs, added to
+    /// those above, masqLinkLocal, masqLinkLocalIPv6, resyncInterval. Without a file, its defaults
+    #[arg(long, value_name = "FILE", env = "LB_IP_MASQ_AGENT_CONFIG")]
+    pub ip_masq_agent_config: Option<PathBuf>,
+
     /// Ports that masqueraded flows leave from
     #[arg(long, value_name = "LO-HI", env = "LB_MASQUERADE_PORTS", default_value = "10000-29999")]
     pub masquerade_ports: PortRange,

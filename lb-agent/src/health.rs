@@ -1,8 +1,10 @@
 //! `/healthz` and `/livez`, answered as kube-proxy does: load balancers and autoscalers act upon them.
 
 pub mod server;
+pub mod services;
 
 pub use server::{Handler, Reply, serve};
+pub use services::ServiceChecks;
 
 use hyper::StatusCode;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -116,7 +118,7 @@ impl Health {
         };
         counter.fetch_add(1, Ordering::Relaxed);
         let body = format!("{{\"lastUpdated\": \"{updated}\",\"currentTime\": \"{time}\"{node}}}");
-        Reply { status, content_type: "application/json", body }
+        Reply::json(status, body)
     }
 
     fn state(&self) -> std::sync::MutexGuard<'_, State> {

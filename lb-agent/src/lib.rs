@@ -1,9 +1,11 @@
 //! The agent.
 pub mod cli;
 pub mod desired;
+pub mod events;
 pub mod health;
 pub mod inspect;
 pub mod kernel;
+pub mod masq_config;
 pub mod metrics;
 pub mod model;
 pub mod run;

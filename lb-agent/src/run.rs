@@ -1,7 +1,8 @@
 //! `lb-agent run`: puts the parts together.
 
 use crate::cli::{RunArgs, SocketLb, SourceArgs};
-use crate::health::{self, Health};
+use crate::events::Events;
+use crate::health;
 use crate::kernel::devices::Devices;
 use crate::kernel::pins::Pins;
 use crate::kernel::ports;
@@ -10,11 +11,13 @@ use crate::kernel::sockets;
 use crate::kernel::sweep::Sweeper;
 use crate::kernel::tables::Tables;
 use crate::kernel::writer::MapWriter;
+use crate::masq_config::{ConfigFile, MasqConfig};
 use crate::metrics::{Kind, Metrics, Sample};
 use crate::source::{self, Event};
 use crate::store::Change;
-use crate::sync;
+use crate::sync::{self, Reports};
 use anyhow::{Context as _, Result, anyhow};
+use ipnet::IpNet;
 use lb_common::datapath::Reason;
 use std::fs::File;
 use std::path::PathBuf;
@@ -50,21 +53,24 @@ pub async fn run(args: RunArgs) -> Result<()> {
         follow_packet_log(&mut ebpf)?;
     }
     ports::reserve(&mut Tables::open(&pins)?)?;
-    let writer = MapWriter::new(
-        Tables::open(&pins)?,
-        args.cluster_cidr.0.clone(),
-        args.non_masquerade_cidrs.0.clone(),
-    );
-    let (health, metrics) = (Health::default(), Metrics::default());
-    collect(&metrics, Tables::open(&pins)?);
-    listen(&args, &health, &metrics);
+    let (exempt, config_file) = no_masquerade(&args);
+    let mut writer = MapWriter::new(Tables::open(&pins)?, args.cluster_cidr.0.clone(), exempt);
+    let reports = Reports { events: source.events(&node_name), ..Reports::default() };
+    collect(&reports.metrics, Tables::open(&pins)?);
+    report(&args, &node_name, reports.clone());
 
     let (events, receiver) = mpsc::channel(source::QUEUE);
+    if let Some(file) = config_file {
+        if !file.is_good() {
+            writer.inherit_no_masquerade();
+        }
+        tokio::spawn(file.run(events.clone()));
+    }
     let devices = devices(&args, ebpf, pins.clone(), features, events.clone())?;
     let sweeper = Sweeper::open(&pins, args.conntrack.timeouts())?;
-    metrics.collect(sweeper.samples());
+    reports.metrics.collect(sweeper.samples());
     let source = source.start(node_name, events);
-    let sync = tokio::spawn(sync::run(args.desired(), receiver, writer, health, metrics));
+    let sync = tokio::spawn(sync::run(args.desired(), receiver, writer, reports));
 
     let (mut terminate, mut interrupt) = (signal(SignalKind::terminate())?, signal(SignalKind::interrupt())?);
     tokio::select! {
@@ -77,6 +83,17 @@ pub async fn run(args: RunArgs) -> Result<()> {
     }?;
     info!("stopping; what is programmed keeps forwarding");
     Ok(())
+}
+
+/// What pods reach with their own address, and the file that will tell if it changes.
+fn no_masquerade(args: &RunArgs) -> (Vec<IpNet>, Option<ConfigFile>) {
+    let flags = &args.non_masquerade_cidrs.0;
+    let Some(path) = &args.ip_masq_agent_config else {
+        return (MasqConfig::without_file().ranges(flags), None);
+    };
+    let mut file = ConfigFile::new(path, flags.clone());
+    file.read();
+    (file.ranges(), Some(file))
 }
 
 /// Passes on what the programs log.
@@ -102,13 +119,19 @@ fn lock(pins: &Pins) -> Result<File> {
     Ok(dir)
 }
 
-fn listen(args: &RunArgs, state: &Health, metrics: &Metrics) {
+/// Makes everything known that others ask for, or are to be told.
+fn report(args: &RunArgs, node_name: &str, reports: Reports) {
+    let Reports { health, metrics, checks, events } = reports;
     if let Some(address) = args.healthz_bind_address.0 {
-        tokio::spawn(health::serve("health checks", address, state.handler()));
+        tokio::spawn(health::serve("health checks", address, health.handler()));
     }
     if let Some(address) = args.metrics_bind_address.0 {
-        tokio::spawn(health::serve("metrics", address, metrics.handler(state)));
+        tokio::spawn(health::serve("metrics", address, metrics.handler(&health)));
     }
+    events.starting();
+    let counted = events.clone();
+    metrics.collect(Box::new(move || counted.samples()));
+    tokio::spawn(checks.run(node_name.into(), health, events));
 }
 
 type Task = tokio::task::JoinHandle<Result<()>>;
@@ -154,6 +177,14 @@ impl Source {
         };
         let client = source::kube::client(access, master).await;
         client.context("set up access to the API server").map(Self::Cluster)
+    }
+
+    /// Where to send Kubernetes Events: without an API server, nowhere.
+    fn events(&self, node_name: &str) -> Events {
+        match self {
+            Self::Manifests(_) => Events::default(),
+            Self::Cluster(client) => Events::start(client.clone(), node_name),
+        }
     }
 
     fn start(self, node_name: String, events: source::Sender) -> Task {

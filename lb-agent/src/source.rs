@@ -7,6 +7,7 @@ pub mod kube;
 pub mod manifests;
 
 use crate::store::Change;
+use ipnet::IpNet;
 use tokio::sync::mpsc;
 
 /// What a source, or anything else that watches the world, tells the main loop.
@@ -19,6 +20,8 @@ pub enum Event {
         /// Some of it could not be read, so what is missing may not be taken as deleted.
         partial: bool,
     },
+    /// Pods reach these with their own address.
+    NoMasquerade(Vec<IpNet>),
 }
 
 /// The main loop's end of the line is [`crate::sync::run`]'s argument.

@@ -2,12 +2,15 @@
 //!
 //! Level-triggered: only the latest state counts, and a failed write is tried again until it works.
 
-use crate::desired::{Config, Reconciler};
-use crate::health::Health;
+use crate::desired::{Config, NodePortAddresses, Reconciler};
+use crate::events::Events;
+use crate::health::services::addresses;
+use crate::health::{Health, ServiceChecks};
 use crate::metrics::Metrics;
 use crate::model::FrontendAddr;
 use crate::source::Event;
 use crate::store::{Change, Dirty, LocalAddresses, Node, Store};
+use ipnet::IpNet;
 use std::time::Duration;
 use tokio::sync::mpsc::Receiver;
 use tokio::time::{Instant, sleep_until};
@@ -36,6 +39,11 @@ pub trait Writer: Send {
     /// If anything could not be written; the same will be given again, or something newer.
     fn apply(&mut self, diff: &Diff) -> anyhow::Result<()>;
 
+    /// Pods reach these with their own address. [`Writer::node_changed`] follows.
+    fn no_masquerade(&mut self, ranges: Vec<IpNet>) {
+        let _ = ranges;
+    }
+
     /// The Node object or the host's addresses changed. Called before the difference that follows from it.
     ///
     /// # Errors
@@ -44,6 +52,19 @@ pub trait Writer: Send {
         let _ = (node, addresses);
         Ok(())
     }
+}
+
+/// Whom the main loop tells what it does. Clones share what they hold.
+#[derive(Clone, Debug, Default)]
+pub struct Reports {
+    /// `/healthz`.
+    pub health: Health,
+    /// `/metrics`.
+    pub metrics: Metrics,
+    /// The health checks of Services.
+    pub checks: ServiceChecks,
+    /// Kubernetes Events.
+    pub events: Events,
 }
 
 /// Runs until all senders of `events` are gone. One of them has to send [`Change::Addresses`] and one
@@ -55,14 +76,14 @@ pub async fn run(
     config: Config,
     mut events: Receiver<Event>,
     mut writer: impl Writer,
-    health: Health,
-    metrics: Metrics,
+    reports: Reports,
 ) -> anyhow::Result<()> {
     let adopted = writer.adopt()?;
     if !adopted.is_empty() {
         info!("{} frontends of a former run are in place", adopted.len());
     }
-    let mut sync = Loop::new(Reconciler::new(config, adopted), writer, health, metrics);
+    let node_port_addresses = config.node_port_addresses.clone();
+    let mut sync = Loop::new(Reconciler::new(config, adopted), writer, node_port_addresses, reports);
     loop {
         let due = sync.due();
         tokio::select! {
@@ -84,8 +105,8 @@ struct Loop<W> {
     store: Store,
     reconciler: Reconciler,
     writer: W,
-    health: Health,
-    metrics: Metrics,
+    node_port_addresses: NodePortAddresses,
+    reports: Reports,
     /// Computed but not written yet.
     pending: Dirty,
     node_changed: bool,
@@ -98,13 +119,18 @@ struct Loop<W> {
 }
 
 impl<W: Writer> Loop<W> {
-    fn new(reconciler: Reconciler, writer: W, health: Health, metrics: Metrics) -> Self {
+    fn new(
+        reconciler: Reconciler,
+        writer: W,
+        node_port_addresses: NodePortAddresses,
+        reports: Reports,
+    ) -> Self {
         Self {
             store: Store::default(),
             reconciler,
             writer,
-            health,
-            metrics,
+            node_port_addresses,
+            reports,
             pending: Dirty::default(),
             node_changed: false,
             listed: false,
@@ -131,6 +157,11 @@ impl<W: Writer> Loop<W> {
                 self.dirty = true;
                 self.reconciler.set_partial(partial);
             }
+            Event::NoMasquerade(ranges) => {
+                self.writer.no_masquerade(ranges);
+                self.node_changed = true;
+                self.dirty = true;
+            }
             Event::Changes(changes) => {
                 let mut changed = false;
                 for change in changes {
@@ -144,12 +175,12 @@ impl<W: Writer> Loop<W> {
                     return;
                 }
                 self.dirty = true;
-                self.health.set_node_eligible(self.store.node().eligible);
+                self.reports.health.set_node_eligible(self.store.node().eligible);
             }
         }
         self.collect();
-        self.health.queued();
-        self.metrics.queued(self.pending.service_changes, self.pending.slice_changes);
+        self.reports.health.queued();
+        self.reports.metrics.queued(self.pending.service_changes, self.pending.slice_changes);
     }
 
     fn collect(&mut self) {
@@ -166,12 +197,13 @@ impl<W: Writer> Loop<W> {
         let computed = services.len();
         for (name, warning) in self.reconciler.update(&self.store, services) {
             warn!("Service {name}: {warning}");
+            self.reports.events.unserved(&name, &warning);
         }
         let diff = self.reconciler.diff();
         let (upserts, deletes) = (diff.upserts.len(), diff.deletes.len());
         if let Err(error) = self.try_write(&diff) {
             self.reconciler.failed(&diff);
-            self.metrics.failed();
+            self.reports.metrics.failed();
             error!(
                 "cannot write {upserts} and remove {deletes} frontends: {error:#}; trying again in {:?}",
                 self.retry
@@ -181,6 +213,9 @@ impl<W: Writer> Loop<W> {
             return;
         }
         self.reconciler.committed(diff);
+        let (store, checks) = (&self.store, self.reconciler.health_checks());
+        let addresses = addresses(&self.node_port_addresses, store.addresses(), store.node());
+        self.reports.checks.set(addresses, checks);
         let took = start.elapsed();
         debug!("{computed} Services: {upserts} frontends written, {deletes} removed in {took:?}");
         let totals = self.reconciler.totals();
@@ -191,8 +226,8 @@ impl<W: Writer> Loop<W> {
             );
         }
         let done = std::mem::take(&mut self.pending);
-        self.metrics.synced(took, totals, &done.triggers);
-        self.health.synced();
+        self.reports.metrics.synced(took, totals, &done.triggers);
+        self.reports.health.synced();
         self.dirty = false;
         self.retry = *RETRY.start();
         self.not_before = Instant::now() + (took * 10).clamp(*REST.start(), *REST.end());

@@ -12,13 +12,15 @@ use std::sync::Arc;
 use std::time::Duration;
 use tokio::net::TcpListener;
 use tokio::sync::Semaphore;
+use tokio::task::JoinSet;
 use tracing::{debug, info, warn};
 
 /// Somebody else may have the port for a moment: the agent that we replace.
 const BIND_AGAIN: Duration = Duration::from_secs(2);
 /// Slow or idle clients must not use up our file descriptors.
 const CONNECTIONS: usize = 64;
-const HEADERS_WITHIN: Duration = Duration::from_secs(10);
+/// Also for the next request on a connection: longer than load balancers rest between their checks.
+const HEADERS_WITHIN: Duration = Duration::from_secs(75);
 
 /// Answers a path, or does not know it.
 pub type Handler = Arc<dyn Fn(&str) -> Option<Reply> + Send + Sync>;
@@ -30,6 +32,8 @@ pub struct Reply {
     pub status: StatusCode,
     /// Header of that name.
     pub content_type: &'static str,
+    /// Another header.
+    pub header: Option<(&'static str, HeaderValue)>,
     /// Contents.
     pub body: String,
 }
@@ -37,7 +41,13 @@ pub struct Reply {
 impl Reply {
     /// 200 with plain text.
     pub fn text(body: impl Into<String>) -> Self {
-        Self { status: StatusCode::OK, content_type: "text/plain; charset=utf-8", body: body.into() }
+        let content_type = "text/plain; charset=utf-8";
+        Self { status: StatusCode::OK, content_type, header: None, body: body.into() }
+    }
+
+    /// A status with JSON.
+    pub fn json(status: StatusCode, body: impl Into<String>) -> Self {
+        Self { status, content_type: "application/json", ..Self::text(body) }
     }
 
     fn not_found() -> Self {
@@ -47,8 +57,13 @@ impl Reply {
 
 /// Serves for ever. A port that is taken is waited for: health checks are no reason not to forward packets.
 pub async fn serve(what: &str, address: SocketAddr, handler: Handler) {
+    accept(what, address, bind(what, address).await, handler).await;
+}
+
+/// Serves on a socket for ever. Connections end with the future.
+pub(super) async fn accept(what: &str, address: SocketAddr, listener: TcpListener, handler: Handler) {
     let limit = Arc::new(Semaphore::new(CONNECTIONS));
-    let listener = bind(what, address).await;
+    let mut connections = JoinSet::new();
     loop {
         let Ok(permit) = limit.clone().acquire_owned().await else { return };
         let stream = match listener.accept().await {
@@ -59,12 +74,14 @@ pub async fn serve(what: &str, address: SocketAddr, handler: Handler) {
                 continue;
             }
         };
+        while connections.try_join_next().is_some() {}
         let handler = handler.clone();
-        tokio::spawn(async move {
+        connections.spawn(async move {
             let service = service_fn(move |request| std::future::ready(answer(&handler, &request)));
             let served = hyper::server::conn::http1::Builder::new()
                 .timer(TokioTimer::new())
                 .header_read_timeout(HEADERS_WITHIN)
+                .title_case_headers(true)
                 .serve_connection(TokioIo::new(stream), service)
                 .await;
             if let Err(error) = served {
@@ -100,5 +117,8 @@ fn answer(handler: &Handler, request: &Request<Incoming>) -> Result<Response<Ful
     *response.status_mut() = reply.status;
     response.headers_mut().insert(CONTENT_TYPE, HeaderValue::from_static(reply.content_type));
     response.headers_mut().insert(X_CONTENT_TYPE_OPTIONS, HeaderValue::from_static("nosniff"));
+    if let Some((name, value)) = reply.header {
+        response.headers_mut().insert(name, value);
+    }
     Ok(response)
 }

@@ -196,8 +196,9 @@ impl Sweeper {
         let affinities = self.end_affinities(now)?;
         debug!(?v4, ?v6, affinities, "swept the flow tables");
         let most = v4.left().max(v6.left()) as u64;
-        // Where nothing more can go, it is no use to try again before the rest fills up, too.
-        self.alarm = plenty.max(most + limit.saturating_sub(most) / 4);
+        // Where nothing more can go soon, it is no use to try again before the rest fills up, too.
+        let hope = v4.young + v6.young > 0;
+        self.alarm = if hope { plenty } else { plenty.max(most + limit.saturating_sub(most) / 4) };
         for (entries, swept) in self.stats.entries.iter().zip([&v4, &v6]) {
             entries.store(swept.left() as u64, Relaxed);
         }

@@ -40,6 +40,8 @@ pub struct MapWriter {
     /// `--cluster-cidr`; the Node's pod CIDRs stand in where it is empty.
     cluster: Vec<IpNet>,
     no_masquerade: Vec<IpNet>,
+    /// Rather what a former agent exempted, if it did.
+    inherit: bool,
     written_cidrs: BTreeMap<IpNet, u32>,
 }
 
@@ -56,8 +58,14 @@ impl MapWriter {
             cluster_ips6: ClusterIps::default(),
             cluster,
             no_masquerade,
+            inherit: false,
             written_cidrs: BTreeMap::new(),
         }
+    }
+
+    /// What is not masqueraded to could not be learned: what a former agent wrote stays until it can.
+    pub fn inherit_no_masquerade(&mut self) {
+        self.inherit = true;
     }
 
     fn adopt_family<A: Own>(&mut self) -> Result<()> {
@@ -175,8 +183,11 @@ impl MapWriter {
         for net in cluster {
             *wanted.entry(net.trunc()).or_default() |= cidr::CLUSTER;
         }
-        for net in &self.no_masquerade {
-            *wanted.entry(net.trunc()).or_default() |= cidr::NO_MASQUERADE;
+        let bit = cidr::NO_MASQUERADE;
+        let inherited = self.written_cidrs.iter().filter(|(_, bits)| self.inherit && **bits & bit != 0);
+        let inherited: Vec<_> = inherited.map(|(net, _)| *net).collect();
+        for net in if inherited.is_empty() { &self.no_masquerade } else { &inherited } {
+            *wanted.entry(net.trunc()).or_default() |= bit;
         }
         // The longest match wins in the map: a prefix has all the bits of those that contain it.
         let nets: Vec<_> = wanted.iter().map(|(net, bits)| (*net, *bits)).collect();
@@ -259,6 +270,11 @@ impl Writer for MapWriter {
             }
         }
         Ok(())
+    }
+
+    fn no_masquerade(&mut self, ranges: Vec<IpNet>) {
+        self.no_masquerade = ranges;
+        self.inherit = false;
     }
 
     fn node_changed(&mut self, node: &Node, _: &LocalAddresses) -> Result<()> {

@@ -4,7 +4,7 @@
 //! something readable. ConfigMap volumes (`..data` links), renames and editors' temporary files are understood.
 
 mod parse;
-mod watch;
+pub(crate) mod watch;
 
 pub use parse::Problem;
 

@@ -7,7 +7,7 @@ use lb_agent::metrics::Metrics;
 use lb_agent::model::{FrontendAddr, Protocol};
 use lb_agent::source::Event;
 use lb_agent::store::{Change, LocalAddresses, Node};
-use lb_agent::sync::{Writer, run};
+use lb_agent::sync::{Reports, Writer, run};
 use serde_json::json;
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
@@ -68,7 +68,8 @@ impl Bench {
         let (events, receiver) = mpsc::channel(16);
         let (health, metrics) = (Health::default(), Metrics::default());
         let config = Config { localhost_node_ports: false, ..Config::default() };
-        tokio::spawn(run(config, receiver, recorder.clone(), health.clone(), metrics.clone()));
+        let reports = Reports { health: health.clone(), metrics: metrics.clone(), ..Reports::default() };
+        tokio::spawn(run(config, receiver, recorder.clone(), reports));
         Self { recorder, events, metrics, health }
     }
 

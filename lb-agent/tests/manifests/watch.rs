@@ -46,6 +46,7 @@ impl Bench {
     fn take(&mut self, event: Event) {
         match event {
             Event::Synced { partial } => self.synced.push(partial),
+            Event::NoMasquerade(_) => panic!("no source of objects says this"),
             Event::Changes(changes) => {
                 for change in changes {
                     let text = brief(&change);

@@ -10,7 +10,7 @@ use aya::{Ebpf, EbpfLoader, Pod, TestRun as _, TestRunOptions};
 use lb_agent::kernel::programs::Features;
 use lb_common::addr::{Ip4, Ip6};
 use lb_common::datapath::Reason;
-use lb_common::maps::{Device, Flow, FlowKey, Frontend, FrontendKey, Slot, SlotKey, flags};
+use lb_common::maps::{Device, Flow, FlowKey, Frontend, FrontendKey, Range, Slot, SlotKey, SourceKey, flags};
 use nix::sched::{CloneFlags, unshare};
 use std::collections::HashMap as StdMap;
 
@@ -166,6 +166,13 @@ fn fill<A: Fam + Pod>(ebpf: &mut Ebpf, world: &World, suffix: char) {
     for (key, value) in &family.slots {
         slots.insert(key, value, 0).expect("write a slot");
     }
+    let mut sources: LpmTrie<MapData, SourceKey<A>, u32> = typed(take(ebpf, &format!("LB_SOURCE{suffix}")));
+    for (service, addr, len) in &family.sources {
+        let key = SourceKey { service: *service, addr: *addr };
+        sources.insert(&Key::new(32 + u32::from(*len), key), 1, 0).expect("write a source range");
+    }
+    let mut range: Array<MapData, Range<A>> = typed(take(ebpf, &format!("LB_RANGE{suffix}")));
+    range.set(0, family.cluster_ips, 0).expect("write the range of the ClusterIPs");
     let mut cidrs: LpmTrie<MapData, A, u32> = typed(take(ebpf, &format!("LB_CIDR{suffix}")));
     for (net, len, bits) in &family.cidrs {
         cidrs.insert(&Key::new(u32::from(*len), *net), bits, 0).expect("write an address range");

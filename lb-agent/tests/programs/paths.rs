@@ -5,7 +5,7 @@ use crate::support::build::{self, ACK, FIN, L4, PORT_UNREACHABLE, SYN, TIME_EXCE
 use crate::support::cluster::{BOTH, CLIENT, Net, UPLINK, serve, sock};
 use crate::support::frame::Frame;
 use crate::support::paths::{Runner as _, Talk, WAYS, Way, node, paths};
-use crate::support::world::{Action, Hook};
+use crate::support::world::{Action, Fam, Hook};
 use lb_common::datapath::Reason;
 use lb_common::maps::{Frontend, Side};
 
@@ -61,6 +61,124 @@ fn every_hook_of_every_path_does_its_one_rewrite() {
         let expected = if reason == Reason::NewFlow { flows } else { 0 };
         assert_eq!(loaded.counter(reason), expected, "{reason:?}");
     }
+}
+
+#[test]
+fn fragments_of_every_path() {
+    let data = [7; 2_800];
+    for v6 in BOTH {
+        for path in paths(v6) {
+            let mut loaded = Loaded::new(&node());
+            let mut conversation = Talk::new(&path, L4::Udp, false);
+            for id in 1..3 {
+                for way in WAYS {
+                    if let Err(text) = conversation.fragments(&mut loaded, way, L4::Udp, (&data, id, 1200)) {
+                        panic!("{text}");
+                    }
+                }
+            }
+            assert_eq!(loaded.counter(Reason::FragmentPassed), 0);
+        }
+    }
+}
+
+#[test]
+fn flows_that_collide_get_an_alias() {
+    let mut world = node();
+    for v6 in BOTH {
+        let n = Net::of(v6);
+        for proto in [6, 17] {
+            serve(&mut world, proto, sock(n.vip, 90), &[(sock(n.near, 8080), true)]);
+        }
+    }
+    let mut host = world;
+    let mut loaded = Loaded::new(&host);
+    for v6 in BOTH {
+        let n = Net::of(v6);
+        let (client, backend) = (sock(n.pod, 5000), sock(n.near, 8080));
+        for first in [L4::Tcp(SYN), L4::Udp] {
+            let next = if first == L4::Udp { first } else { L4::Tcp(ACK) };
+            for l4 in [first, next, next] {
+                // By one Service, by the other, and straight.
+                for to in [sock(n.vip, 80), sock(n.vip, 90), backend] {
+                    let packet = build::packet(client, to, l4, b"data");
+                    let (mut here, mut there) = (Frame::new(packet.clone()), Frame::new(packet));
+                    assert_eq!(host.run(CLIENT, Hook::Ingress, &mut here), Action::Pass);
+                    assert_eq!(loaded.run(CLIENT, Hook::Ingress, &mut there), Action::Pass);
+                    assert_eq!(here.bytes, there.bytes, "{to} {l4:?}");
+                    let source = source(&there.bytes);
+                    assert_eq!(source == client.port(), to == sock(n.vip, 80), "{to} {l4:?}");
+                    // And back, with an error on the way.
+                    let reply = build::packet(backend, sock(client.ip(), source), l4.answer(), b"data");
+                    let mut there = Frame::new(reply);
+                    assert_eq!(loaded.run(CLIENT, Hook::Egress, &mut there), Action::Pass);
+                    assert_eq!(there.bytes, build::packet(to, client, l4.answer(), b"data"));
+                    let quoted =
+                        |to, from| build::packet(from, to, l4, b"a quoted packet")[build::ETH..].to_vec();
+                    let seen = quoted(backend, sock(client.ip(), source));
+                    let mut there = Frame::new(build::error(n.router, client.ip(), TIME_EXCEEDED, &seen));
+                    assert_eq!(loaded.run(CLIENT, Hook::Egress, &mut there), Action::Pass);
+                    let expected = build::error(n.router, client.ip(), TIME_EXCEEDED, &quoted(to, client));
+                    assert_eq!(there.bytes, expected, "{to} {l4:?}");
+                }
+            }
+        }
+    }
+    assert_eq!(loaded.counter(Reason::NewFlow), 12);
+}
+
+#[test]
+fn affinity_source_ranges_and_other_ports() {
+    let mut world = node();
+    for v6 in BOTH {
+        let n = Net::of(v6);
+        let backends: Vec<_> = (1..100).map(|port| (sock(n.near, port), true)).collect();
+        let set = crate::support::cluster::backends_of(&mut world, &backends);
+        let value = Frontend { internal: set, external: set, ..Default::default() };
+        world.frontend(6, sock(n.vip, 90), Frontend { affinity: 60, service: 9, ..value });
+        let flags = Frontend::SOURCE_RANGES;
+        world.frontend(6, sock(n.vip, 91), Frontend { flags, service: 10, ..value });
+        let flags = Frontend::ADDRESS | Frontend::REJECT_OTHER_PORTS;
+        world.frontend(0, sock(n.vip, 0), Frontend { flags, ..Default::default() });
+    }
+    let of = |v6| Net::of(v6).outside;
+    world.v4.sources.push((10, Fam::from_ip(of(false)), 24));
+    world.v6.sources.push((10, Fam::from_ip(of(true)), 64));
+    let mut loaded = Loaded::new(&world);
+    for v6 in BOTH {
+        let n = Net::of(v6);
+        let mut send = |device, from, to| {
+            let mut frame = Frame::new(build::packet(from, to, L4::Tcp(SYN), b""));
+            let action = loaded.run(device, Hook::Ingress, &mut frame);
+            (action, frame.bytes)
+        };
+        let port = |bytes: &[u8]| {
+            let at = build::ETH + if v6 { 40 } else { 20 } + 2;
+            u16::from_be_bytes([bytes[at], bytes[at + 1]])
+        };
+        let (_, first) = send(CLIENT, sock(n.pod, 1), sock(n.vip, 90));
+        assert!((1..100).contains(&port(&first)));
+        for client in 2..30 {
+            assert_eq!(port(&send(CLIENT, sock(n.pod, client), sock(n.vip, 90)).1), port(&first));
+        }
+        let others: std::collections::HashSet<_> = [n.far, n.near, n.outside, n.router]
+            .map(|ip| port(&send(UPLINK, sock(ip, 1), sock(n.vip, 90)).1))
+            .into();
+        assert!(others.len() > 1, "{others:?}");
+        assert_eq!(send(UPLINK, sock(n.outside, 1), sock(n.vip, 91)).0, Action::Pass);
+        assert_eq!(send(UPLINK, sock(n.router, 1), sock(n.vip, 91)).0, Action::Drop);
+        assert_eq!(send(CLIENT, sock(n.pod, 1), sock(n.vip, 91)).0, Action::Drop);
+        let (action, answer) = send(CLIENT, sock(n.pod, 1), sock(n.vip, 92));
+        assert_eq!(action, Action::Reply);
+        assert_eq!(answer, build::reset(sock(n.vip, 92), sock(n.pod, 1), 0x0102_0305));
+    }
+    assert_eq!(loaded.counter(Reason::SourceRange), 4);
+    assert_eq!(loaded.counter(Reason::NoSuchPort), 2);
+}
+
+fn source(frame: &[u8]) -> u16 {
+    let at = build::ETH + if frame[12] == 8 { 20 } else { 40 };
+    u16::from_be_bytes([frame[at], frame[at + 1]])
 }
 
 #[test]

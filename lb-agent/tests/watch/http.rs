@@ -7,8 +7,8 @@ use std::time::Duration;
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use tokio::net::{TcpListener, TcpStream};
 
-/// The whole response.
-async fn get(address: SocketAddr, path: &str) -> String {
+/// The whole response, once somebody listens.
+pub(crate) async fn get(address: SocketAddr, path: &str) -> String {
     let mut stream = loop {
         match TcpStream::connect(address).await {
             Ok(stream) => break stream,
@@ -22,9 +22,13 @@ async fn get(address: SocketAddr, path: &str) -> String {
     text
 }
 
+/// A port that nobody listens on.
+pub(crate) async fn free() -> SocketAddr {
+    TcpListener::bind("127.0.0.1:0").await.unwrap().local_addr().unwrap()
+}
+
 #[tokio::test]
 async fn health_and_metrics_answer() {
-    let free = || async { TcpListener::bind("127.0.0.1:0").await.unwrap().local_addr().unwrap() };
     let (health, metrics) = (Health::default(), Metrics::default());
     let (healthz, scraped) = (free().await, free().await);
     tokio::spawn(serve("health", healthz, health.handler()));

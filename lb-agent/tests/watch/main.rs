@@ -2,11 +2,13 @@
 //!
 //! [`suite`] runs against the stand-in (`support/api`), or against the cluster that the kubeconfig file in
 //! `LB_TEST_KUBECONFIG` names: there it makes a namespace and a Node of its own and removes them at the end.
-//! [`faults`] needs a server that fails on command, so it always runs against the stand-in.
+//! [`faults`] and [`events`] need a server that fails on command, so they always run against the stand-in.
 
 #[path = "../support/api/mod.rs"]
 mod api;
+mod checks;
 mod cluster;
+mod events;
 mod faults;
 mod http;
 mod suite;

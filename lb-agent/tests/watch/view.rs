@@ -50,6 +50,7 @@ impl View {
                 return self.synced = true;
             }
             Event::Changes(changes) => changes,
+            Event::NoMasquerade(_) => panic!("no source of objects says this"),
         };
         for change in changes {
             match change {

@@ -202,10 +202,11 @@ impl Wire for Ip4 {
         if ip.version_ihl >> 4 != 4 || ip.version_ihl & 0xf < 5 {
             return Err(NotOurs::Other);
         }
-        if ip.fragment & 0x1fffu16.to_be() != 0 {
-            return Err(NotOurs::Fragment);
-        }
         let len = (ip.version_ihl & 0xf) as usize * 4;
+        if ip.fragment & 0x1fffu16.to_be() != 0 {
+            let cut_short = (u16::from_be(ip.total_len) as usize) <= len;
+            return Err(if cut_short { NotOurs::Other } else { NotOurs::Fragment });
+        }
         if too_short(ip.total_len, len) {
             return Err(NotOurs::Other);
         }

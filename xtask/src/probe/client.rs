@@ -9,7 +9,9 @@ use anyhow::{Context, Result, bail, ensure};
 use serde::de::DeserializeOwned;
 
 use super::wire::{Answer, Failure};
-use super::{Ask, Bulk, BulkReport, Churn, ChurnReport, Ping, Question, Serve, Tally};
+use super::{
+    Ask, Bulk, BulkReport, Churn, ChurnReport, Flood, FloodReport, Ping, Question, Serve, Survey, Tally,
+};
 use crate::lab::{Host, xtask_exe};
 
 /// A server that runs until it is dropped.
@@ -131,10 +133,14 @@ impl Host {
         self.probe_lines(&churn.args())?.pop().context("no report from the probe")
     }
 
+    /// Sends datagrams from many ports.
+    pub fn flood(&self, flood: &Flood) -> Result<FloodReport> {
+        self.probe_lines(&flood.args())?.pop().context("no report from the probe")
+    }
+
     /// Asks many at the same time; the tallies are in the order of the questions.
-    pub fn survey(&self, questions: &[Question]) -> Result<Vec<Tally>> {
-        let mut child =
-            self.probe(&["survey".into()])?.stdin(Stdio::piped()).stdout(Stdio::piped()).spawn()?;
+    pub fn survey(&self, survey: &Survey, questions: &[Question]) -> Result<Vec<Tally>> {
+        let mut child = self.probe(&survey.args())?.stdin(Stdio::piped()).stdout(Stdio::piped()).spawn()?;
         let mut input = child.stdin.take().context("no pipe to the probe")?;
         input.write_all(&serde_json::to_vec(questions)?)?;
         drop(input);

@@ -5,6 +5,7 @@ mod ask;
 mod bulk;
 mod churn;
 mod client;
+mod flood;
 mod ping;
 mod serve;
 mod survey;
@@ -19,6 +20,7 @@ pub use ask::{Ask, Transport};
 pub use bulk::{Bulk, BulkReport, Direction};
 pub use churn::{Churn, ChurnReport};
 pub use client::{Lines, Server, failures, names, spread};
+pub use flood::{Flood, FloodReport};
 pub use ping::Ping;
 pub use serve::Serve;
 pub use survey::{Question, Survey, Tally};
@@ -42,6 +44,8 @@ enum Command {
     Bulk(Bulk),
     /// Open and close many TCP connections
     Churn(Churn),
+    /// Send datagrams from many ports, and wait for no answers
+    Flood(Flood),
     /// Send ICMP echo requests
     Ping(Ping),
     /// Send packets with growing hop limits and say which ICMP errors come back
@@ -57,6 +61,7 @@ pub fn run(args: Args) -> Result<()> {
         Command::Ask(ask) => ask.run(print_line),
         Command::Bulk(bulk) => print_line(&bulk.run()),
         Command::Churn(churn) => print_line(&churn.run()),
+        Command::Flood(flood) => print_line(&flood.run()),
         Command::Ping(ping) => ping.run(print_line),
         Command::Trace(trace) => trace.run(print_line),
         Command::Survey(survey) => print_line(&survey.run()?),

@@ -12,6 +12,9 @@ use serde::{Deserialize, Serialize};
 use super::wire::{Failure, Reply};
 use super::{Ask, Transport};
 
+/// Most of them wait for what does not come.
+const WORKERS: usize = 96;
+
 /// Who is asked, and how often.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct Question {
@@ -46,7 +49,7 @@ pub struct Tally {
 #[derive(Clone, Debug, clap::Args)]
 pub struct Survey {
     /// How many are asked at the same time
-    #[arg(long, default_value_t = 32)]
+    #[arg(long, default_value_t = WORKERS)]
     pub workers: usize,
     /// The first source port: each request has one of its own, so that no two are one flow to one backend
     #[arg(long, default_value_t = 33_000)]
@@ -54,6 +57,17 @@ pub struct Survey {
 }
 
 impl Survey {
+    /// With source ports from that one on.
+    pub fn from_port(first_port: u16) -> Self {
+        Self { workers: WORKERS, first_port }
+    }
+
+    /// The command line that says the same.
+    pub(crate) fn args(&self) -> Vec<String> {
+        let [workers, first_port] = [self.workers.to_string(), self.first_port.to_string()];
+        vec!["survey".into(), "--workers".into(), workers, "--first-port".into(), first_port]
+    }
+
     pub(crate) fn run(&self) -> Result<Vec<Tally>> {
         let questions: Vec<Question> =
             serde_json::from_reader(std::io::stdin().lock()).context("reading questions")?;
@@ -73,6 +87,13 @@ impl Survey {
         });
         let tallies = tallies.into_inner().unwrap_or_else(std::sync::PoisonError::into_inner);
         Ok(tallies.into_values().collect())
+    }
+}
+
+impl Tally {
+    /// How many requests it stands for.
+    pub fn asked(&self) -> usize {
+        self.answers.iter().map(|(.., n)| n).sum::<usize>() + usize::from(self.failure.is_some())
     }
 }
 

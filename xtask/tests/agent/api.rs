@@ -19,14 +19,14 @@ mod stand_in;
 use stand_in::Api;
 
 /// The stand-in on a host; it ends with this value.
-struct Server {
-    api: Arc<Api>,
+pub(super) struct Server {
+    pub(super) api: Arc<Api>,
     stop: Option<tokio::sync::oneshot::Sender<()>>,
     thread: Option<std::thread::JoinHandle<()>>,
 }
 
 impl Server {
-    fn start(host: &Host) -> Result<Self> {
+    pub(super) fn start(host: &Host) -> Result<Self> {
         let ((ready, started), (stop, stopped)) = (channel(), tokio::sync::oneshot::channel());
         let host = host.clone();
         let thread = std::thread::spawn(move || {

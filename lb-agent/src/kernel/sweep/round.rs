@@ -38,6 +38,8 @@ pub(super) struct Swept {
     pub(super) unanswered: usize,
     pub(super) over: usize,
     pub(super) mended: usize,
+    /// Entries of flows that could be spared, if they were older.
+    pub(super) young: usize,
 }
 
 impl Swept {
@@ -56,6 +58,7 @@ impl Round<'_> {
             swept.entries += 1;
             let forward = flow.side == Side::Forward as u8;
             swept.flows += usize::from(forward);
+            swept.young += usize::from(self.is_too_young(flow));
             if self.is_worth_a_look(flow) {
                 self.look(family, key, flow, &mut swept);
             } else if self.mend && forward && flow.flags & Flow::<A>::MASQ_DONE != 0 {
@@ -82,6 +85,13 @@ impl Round<'_> {
                 || self.early.is_some_and(|early| {
                     age > early.age && may_be_spared(flow.proto, flow.side, flow.state, early.most)
                 }))
+    }
+
+    /// Whether a flow that could be spared is too young to go.
+    fn is_too_young<A: NodeAddr>(&self, flow: &Flow<A>) -> bool {
+        self.early.is_some_and(|early| {
+            self.age(flow) <= early.age && may_be_spared(flow.proto, flow.side, flow.state, early.most)
+        })
     }
 
     fn age<A: NodeAddr>(&self, flow: &Flow<A>) -> u32 {

@@ -198,6 +198,10 @@ fn nobody_goes_early_who_is_young_or_alive_or_while_there_is_room() {
         flood(&mut site, flows, seen, age);
         site.sweeper.sweep(NOW, Some(PATIENT)).expect("sweep");
         assert_eq!(site.left().len(), flows as usize, "{seen:?} {age}");
+        // Whoever is only too young will not be for long.
+        let full = u64::from(flows * 3) >= u64::from(LIMIT / 4 * 3);
+        let again = full && age == PATIENT;
+        assert_eq!(site.sweeper.fill(&site.sweeper.counted) >= site.sweeper.alarm, again, "{seen:?} {age}");
     }
 }
 

@@ -22,7 +22,7 @@ const ANYWAY: Duration = Duration::from_secs(10);
 type Result<T> = std::result::Result<T, notify::Error>;
 
 /// Watches one directory.
-pub(super) struct Watch {
+pub(crate) struct Watch {
     dir: PathBuf,
     inode: Option<(u64, u64)>,
     watcher: RecommendedWatcher,
@@ -33,7 +33,7 @@ pub(super) struct Watch {
 }
 
 impl Watch {
-    pub(super) fn new(dir: &Path) -> Result<Self> {
+    pub(crate) fn new(dir: &Path) -> Result<Self> {
         let (send, events) = mpsc::unbounded_channel();
         let watcher = notify::recommended_watcher(move |event| {
             // Nobody listens any more: the watcher is about to be dropped.
@@ -65,7 +65,7 @@ impl Watch {
     }
 
     /// Waits until it is worth a look. Safe to drop halfway.
-    pub(super) async fn changed(&mut self) {
+    pub(crate) async fn changed(&mut self) {
         let mut give_up = Instant::now() + ANYWAY;
         if let Some(since) = self.writing.values().min() {
             give_up = give_up.min(*since + WRITING);
@@ -123,12 +123,12 @@ impl Watch {
     }
 
     /// Files that changed for certain.
-    pub(super) fn take_finished(&mut self) -> HashSet<PathBuf> {
+    pub(crate) fn take_finished(&mut self) -> HashSet<PathBuf> {
         std::mem::take(&mut self.finished)
     }
 
     /// Files that are being written.
-    pub(super) fn unfinished(&self) -> HashSet<PathBuf> {
+    pub(crate) fn unfinished(&self) -> HashSet<PathBuf> {
         self.writing.keys().cloned().collect()
     }
 }

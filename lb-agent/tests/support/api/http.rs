@@ -57,8 +57,8 @@ struct Target {
 
 impl Target {
     fn of(path: &str) -> Option<Self> {
-        let path =
-            path.strip_prefix("/api/v1/").or_else(|| path.strip_prefix("/apis/discovery.k8s.io/v1/"))?;
+        let groups = ["/api/v1/", "/apis/discovery.k8s.io/v1/", "/apis/events.k8s.io/v1/"];
+        let path = groups.iter().find_map(|group| path.strip_prefix(group))?;
         let mut parts: Vec<_> = path.split('/').map(str::to_owned).collect();
         let namespace =
             (parts[0] == "namespaces" && parts.len() > 2).then(|| parts.drain(..2).nth(1)).flatten();
@@ -134,6 +134,11 @@ async fn read(target: Target, query: &HashMap<String, String>, shared: Arc<Share
 fn write(method: &Method, target: &Target, mut object: Value, shared: &Shared) -> Value {
     let mut objects = lock(&shared.objects);
     lock(&shared.requests).push(format!("{} {}", method.as_str().to_lowercase(), target.kind));
+    if let Some((_, code, message)) =
+        lock(&shared.behaviour).refused.filter(|(kind, ..)| *kind == target.kind)
+    {
+        return status(code, "Refused", message);
+    }
     let namespace = target.namespace.clone().unwrap_or_default();
     let named = object["metadata"]["name"].as_str().unwrap_or_default().to_owned();
     let key = (target.kind.clone(), namespace.clone(), target.name.clone().unwrap_or(named));
@@ -148,6 +153,13 @@ fn write(method: &Method, target: &Target, mut object: Value, shared: &Shared) -
         }
         (Method::POST, Some(_)) => status(409, "AlreadyExists", &key.2),
         (_, None) => status(404, "NotFound", &key.2),
+        // A merge patch of one level, which is all that anybody sends.
+        (Method::PATCH, Some(mut current)) => {
+            for (field, value) in object.as_object().into_iter().flatten() {
+                current[field] = value.clone();
+            }
+            objects.apply(current)
+        }
         (Method::PUT, Some(mut current)) if target.status => {
             current["status"] = object["status"].take();
             objects.apply(current)

@@ -48,6 +48,8 @@ pub(crate) struct Behaviour {
     pub(crate) down: bool,
     /// Watches say nothing.
     pub(crate) paused: bool,
+    /// Writes to a kind that are answered with a status code and its message.
+    pub(crate) refused: Option<(&'static str, u16, &'static str)>,
 }
 
 struct Shared {
@@ -91,6 +93,7 @@ impl Api {
             bookmarks: Duration::from_millis(50),
             down: false,
             paused: false,
+            refused: None,
         };
         let shared = Arc::new(Shared {
             objects: Mutex::default(),
@@ -119,6 +122,25 @@ impl Api {
             "{kind} {name} is not there"
         );
         self.raise();
+    }
+
+    /// All objects of a kind (`services` …), by namespace and name.
+    pub(crate) fn objects(&self, kind: &str) -> Vec<Value> {
+        lock(&self.shared.objects).matching(kind, &objects::Filter::default())
+    }
+
+    /// Waits until the objects of a kind are as expected, and returns them.
+    pub(crate) async fn until(&self, kind: &str, expected: impl Fn(&[Value]) -> bool) -> Vec<Value> {
+        let mut news = self.shared.news.subscribe();
+        let waiting = async {
+            while !expected(&self.objects(kind)) {
+                news.changed().await.unwrap();
+            }
+        };
+        let waited = tokio::time::timeout(Duration::from_secs(20), waiting).await;
+        let objects = self.objects(kind);
+        assert!(waited.is_ok(), "in vain; there are {objects:#?}");
+        objects
     }
 
     /// Forgets history: watches and continued lists of older versions are refused.

@@ -1,0 +1,91 @@
+//! More new flows than there is room for.
+
+use std::fs;
+use std::io::{Read, Write};
+use std::net::{SocketAddr, TcpStream};
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, ensure};
+use xtask::demo::Cluster;
+use xtask::lab::Host;
+use xtask::probe::{Ask, Flood};
+
+use super::support::{Traffic, answered, cluster, dns, eventually, store};
+
+/// Room for so many flows, in each family.
+const ROOM: u32 = 2048;
+/// How long new flows may be shut out after a flood.
+const PATIENCE: Duration = Duration::from_secs(5);
+
+/// The demo with a small flow table on n1: tables keep their size, so this one is made anew.
+fn small(name: &str) -> Result<Cluster> {
+    let mut cluster = cluster(name)?;
+    cluster.stop_agent(0)?;
+    fs::remove_dir_all(cluster.lab().node(0).bpffs_dir().join("lb")).context("remove what is pinned")?;
+    cluster.start_agent(0, &["--flow-table-max", &ROOM.to_string()])?;
+    Ok(cluster)
+}
+
+/// A flood of at least twice the table's size, while connections are open that must not notice.
+fn survives(
+    name: &str,
+    from: fn(&Cluster) -> Host,
+    to: fn(&Cluster) -> SocketAddr,
+    what: &str,
+) -> Result<()> {
+    let cluster = small(name)?;
+    let (node, client, pod) = (cluster.lab().node(0), cluster.lab().client(), cluster.lab().pod(0, 0));
+    let mut traffic = Traffic::default();
+    traffic.conversation(&pod, &Ask::tcp(store()[0]))?;
+    traffic.conversation(&pod, &Ask::udp(dns()[0]))?;
+    traffic.conversation(client, &Ask::tcp(node.at(30081)[0]))?;
+    traffic.conversation(client, &Ask::udp(node.at(30053)[0]))?;
+    traffic.conversation(&pod, &Ask::tcp(cluster.lab().inet().at(8080)[0]))?;
+    // A flow counts as established when both ends have spoken, and the client once more.
+    std::thread::sleep(Duration::from_millis(200));
+
+    // A flow has four entries where both ends are translated, and two where it is only masqueraded.
+    let flood = from(&cluster).flood(&Flood::new(to(&cluster), 4 * ROOM))?;
+    ensure!(flood.sent > ROOM as usize * 3, "{flood:?}");
+    ensure!(metric(node, "lb_drops_total{reason=\"flow_table_full\"}")? > 0.0, "there was no room");
+    let end = Instant::now();
+    eventually(PATIENCE, || {
+        for (from, to) in [(&pod, store()[0]), (client, node.at(30080)[0])] {
+            answered(from, &Ask::tcp(to).count(20).timeout(Duration::from_millis(300)))?;
+        }
+        Ok(())
+    })?;
+    // Counted at the end of a sweep, which may not be over yet.
+    eventually(PATIENCE, || {
+        let early = metric(node, &format!("lb_flows_dropped_early_total{{state=\"{what}\"}}"))?;
+        ensure!(early > f64::from(ROOM / 2), "{early} flows were dropped early");
+        Ok(())
+    })?;
+    traffic.finish(end)?;
+    Ok(())
+}
+
+/// A value of a node's `/metrics`.
+fn metric(node: &Host, sample: &str) -> Result<f64> {
+    let ask = || -> std::io::Result<String> {
+        let mut stream = TcpStream::connect("127.0.0.1:10249")?;
+        stream.write_all(b"GET /metrics HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n")?;
+        let mut text = String::new();
+        stream.read_to_string(&mut text).map(|_| text)
+    };
+    let text = node.run_in(ask)??;
+    let value = text.lines().find_map(|line| line.strip_prefix(sample)?.strip_prefix(' '));
+    value.with_context(|| format!("no {sample} in\n{text}"))?.parse().context("a number")
+}
+
+#[test]
+fn of_questions_that_are_answered() -> Result<()> {
+    let to = |cluster: &Cluster| cluster.lab().node(0).at(30053)[0];
+    survives("floodans", |cluster| cluster.lab().client().clone(), to, "closing")
+}
+
+#[test]
+fn of_datagrams_that_nobody_answers() -> Result<()> {
+    let to = |cluster: &Cluster| cluster.lab().inet().at(9)[0];
+    survives("floodun", |cluster| cluster.lab().pod(0, 1), to, "unanswered")
+}
