@@ -103,6 +103,16 @@ impl Loaded {
         self.v6.remove(key).expect("an entry to lose");
     }
 
+    /// As if nothing had been sent yet: loading anew takes a second.
+    pub(crate) fn forget(&mut self) {
+        for key in self.v4.keys().collect::<Result<Vec<_>, _>>().expect("read the flows") {
+            self.v4.remove(&key).expect("an entry");
+        }
+        for key in self.v6.keys().collect::<Result<Vec<_>, _>>().expect("read the flows") {
+            self.v6.remove(&key).expect("an entry");
+        }
+    }
+
     /// Runs a program. `None` where the kernel will not take such a frame for a test: it has to be too short for
     /// anything but to pass.
     pub(crate) fn try_run(&mut self, device: u32, hook: Hook, frame: &mut Frame) -> Option<Action> {

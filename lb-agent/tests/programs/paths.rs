@@ -66,9 +66,10 @@ fn every_hook_of_every_path_does_its_one_rewrite() {
 #[test]
 fn fragments_of_every_path() {
     let data = [7; 2_800];
+    let mut loaded = Loaded::new(&node());
     for v6 in BOTH {
         for path in paths(v6) {
-            let mut loaded = Loaded::new(&node());
+            loaded.forget();
             let mut conversation = Talk::new(&path, L4::Udp, false);
             for id in 1..3 {
                 for way in WAYS {
@@ -91,7 +92,7 @@ fn flows_that_collide_get_an_alias() {
             serve(&mut world, proto, sock(n.vip, 90), &[(sock(n.near, 8080), true)]);
         }
     }
-    let mut host = world;
+    let host = world;
     let mut loaded = Loaded::new(&host);
     for v6 in BOTH {
         let n = Net::of(v6);
@@ -183,12 +184,13 @@ fn source(frame: &[u8]) -> u16 {
 
 #[test]
 fn a_lost_entry_is_made_again() {
+    let mut loaded = Loaded::new(&node());
     for v6 in BOTH {
         for path in paths(v6) {
             for l4 in [L4::Tcp(SYN), L4::Udp] {
                 let next = if l4 == L4::Tcp(SYN) { L4::Tcp(ACK) } else { l4 };
                 for side in [Side::Front, Side::Forward, Side::Reply] {
-                    let mut loaded = Loaded::new(&node());
+                    loaded.forget();
                     let mut conversation = Talk::new(&path, l4, false);
                     talk(&mut loaded, &mut conversation);
                     let lost = if v6 {

@@ -115,12 +115,18 @@ pub(super) fn repair<A: Wire, P: Packet, K: Tables<A>>(
         }
         return Verdict::Pass.raw();
     };
-    let Some(draft) = kernel.draft() else { return Verdict::Pass.raw() };
-    draft.write(entry.get().as_side(Side::Front));
+    restore(kernel, &entry);
+    done(onward(packet, headers, entry.get())).raw()
+}
+
+/// Makes the first entry again from the forward one.
+#[inline(never)]
+fn restore<A: Addr, K: Tables<A>>(kernel: &K, forward: &FlowRef<'_, A>) {
+    let Some(draft) = kernel.draft() else { return };
+    draft.write(forward.get().as_side(Side::Front));
     if kernel.put_flow(&draft.get().key(Side::Front), draft.get(), Put::New).is_ok() {
         kernel.count(Reason::Repaired);
     }
-    done(onward(packet, headers, entry.get())).raw()
 }
 
 /// The flow's forward entry: by what the client was sent to last, by the backend that the tuple's hash says, and by a

@@ -169,27 +169,31 @@ pub(super) fn straight<A: Wire, P: Packet, K: Tables<A>>(
 #[inline(never)]
 pub(super) fn forget<A: Addr, K: Tables<A>>(kernel: &K, flow: &Flow<A>) {
     // Its memory stays as it is until the program ends (RCU), though its own entry is among those that go.
-    let mut forward = flow.key(Side::Forward);
-    if let Some(entry) = kernel.flow(&forward) {
-        let known = entry.get();
-        if known.same_origin(flow) {
-            if known.flags & Flow::<A>::MASQ_DONE != 0 {
-                let back = known.key(Side::Back);
-                kernel.remove_flow(&back);
-            }
-            forward.variant = 1;
-            if kernel.flow(&forward).is_some() {
-                // A straight flow has the same tuple: it is found by way of this entry.
-                entry.seen(kernel.now(), Flow::<A>::RST);
-            } else {
-                forward.variant = 0;
-                kernel.remove_flow(&forward);
-            }
+    remove(kernel, flow, Side::Forward);
+    remove(kernel, flow, Side::Reply);
+    remove(kernel, flow, Side::Front);
+}
+
+#[inline(never)]
+fn remove<A: Addr, K: Tables<A>>(kernel: &K, flow: &Flow<A>, side: Side) {
+    let mut key = flow.key(side);
+    let Some(entry) = kernel.flow(&key) else { return };
+    if !entry.get().same_origin(flow) {
+        return;
+    }
+    if matches!(side, Side::Forward) {
+        key.variant = 1;
+        if kernel.flow(&key).is_some() {
+            // A straight flow has the same tuple: it is found by way of this entry.
+            entry.seen(kernel.now(), Flow::<A>::RST);
+            return;
         }
+        // The forward entry alone is sure to know it.
+        if entry.get().flags & Flow::<A>::MASQ_DONE != 0 {
+            key = entry.get().key(Side::Back);
+            kernel.remove_flow(&key);
+        }
+        key = flow.key(side);
     }
-    let reply = flow.key(Side::Reply);
-    if kernel.flow(&reply).is_some_and(|entry| entry.get().same_origin(flow)) {
-        kernel.remove_flow(&reply);
-    }
-    kernel.remove_flow(&flow.key(Side::Front));
+    kernel.remove_flow(&key);
 }

@@ -215,7 +215,12 @@ impl Loaded {
         let node = End(Who::Node, 0);
         let device = match on {
             On::Pod => Device { flags: Device::POD, ..Default::default() },
-            On::Uplink => Device { flags: Device::MASQUERADE, masq4: node.addr(), masq6: node.addr() },
+            On::Uplink => Device {
+                flags: Device::MASQUERADE,
+                masq4: node.addr(),
+                masq6: node.addr(),
+                ..Device::default()
+            },
         };
         Ok(self.hash("LB_DEVICE")?.insert(LOOPBACK, device, 0)?)
     }
