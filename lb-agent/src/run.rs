@@ -3,6 +3,7 @@
 use crate::cli::{RunArgs, SocketLb, SourceArgs};
 use crate::events::Events;
 use crate::health;
+use crate::kernel::destroy;
 use crate::kernel::devices::Devices;
 use crate::kernel::pins::Pins;
 use crate::kernel::ports;
@@ -57,6 +58,11 @@ pub async fn run(args: RunArgs) -> Result<()> {
     ports::reserve(&mut Tables::open(&pins)?)?;
     let (exempt, config_file) = no_masquerade(&args);
     let mut writer = MapWriter::new(Tables::open(&pins)?, args.cluster_cidr.0.clone(), exempt);
+    if args.socket_lb != SocketLb::Off
+        && let Some(nudge) = destroy::start(&pins)?
+    {
+        writer.tell_of_gone_backends(nudge);
+    }
     let reports = Reports { events: source.events(&node_name), ..Reports::default() };
     collect(&reports.metrics, Tables::open(&pins)?);
     report(&args, &node_name, reports.clone());

@@ -20,7 +20,8 @@ fn route_to_pods(cluster: &Cluster) -> Result<()> {
     system::ensure_debian_packages(&[("iproute2", "ip")])?;
     let (lab, node) = (cluster.lab(), cluster.lab().node(0));
     for (net, via) in [("10.244.1.0/24", IpAddr::V4(node.v4())), ("fd00:10:244:1::/64", node.v6().into())] {
-        let status = lab.wire().command("ip").args(["route", "add", net, "via", &via.to_string()]).status()?;
+        let status =
+            lab.wire().command("ip").args(["route", "add", net, "via", &via.to_string()]).status()?;
         ensure!(status.success(), "ip route add {net}: {status}");
     }
     Ok(())
