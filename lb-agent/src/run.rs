@@ -3,6 +3,7 @@
 use crate::cli::{RunArgs, SocketLb, SourceArgs};
 use crate::events::Events;
 use crate::health;
+use crate::kernel::destroy;
 use crate::kernel::devices::Devices;
 use crate::kernel::pins::Pins;
 use crate::kernel::ports;
@@ -19,13 +20,14 @@ use crate::sync::{self, Reports};
 use anyhow::{Context as _, Result, anyhow};
 use ipnet::IpNet;
 use lb_common::datapath::Reason;
+use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use std::fs::File;
 use std::path::PathBuf;
 use std::sync::Mutex;
 use std::time::Duration;
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::mpsc;
-use tracing::info;
+use tracing::{info, warn};
 
 /// How often the programs' log is looked at, if there is one.
 const LOG_EVERY: Duration = Duration::from_millis(100);
@@ -35,6 +37,7 @@ const LOG_EVERY: Duration = Duration::from_millis(100);
 /// # Errors
 /// If it cannot start, or cannot go on.
 pub async fn run(args: RunArgs) -> Result<()> {
+    raise_file_limit();
     let node_name = args.node_name().map_err(|e| anyhow!(e))?;
     // Before anything is changed: an agent that has nothing to serve must not replace one that had.
     let source = Source::open(args.source().map_err(|e| anyhow!(e))?).await?;
@@ -55,6 +58,11 @@ pub async fn run(args: RunArgs) -> Result<()> {
     ports::reserve(&mut Tables::open(&pins)?)?;
     let (exempt, config_file) = no_masquerade(&args);
     let mut writer = MapWriter::new(Tables::open(&pins)?, args.cluster_cidr.0.clone(), exempt);
+    if args.socket_lb != SocketLb::Off
+        && let Some(nudge) = destroy::start(&pins)?
+    {
+        writer.tell_of_gone_backends(nudge);
+    }
     let reports = Reports { events: source.events(&node_name), ..Reports::default() };
     collect(&reports.metrics, Tables::open(&pins)?);
     report(&args, &node_name, reports.clone());
@@ -83,6 +91,18 @@ pub async fn run(args: RunArgs) -> Result<()> {
     }?;
     info!("stopping; what is programmed keeps forwarding");
     Ok(())
+}
+
+/// As many files as we may have: health checks take two sockets for each Service, and the usual soft limit of 1024 is
+/// there for programs that call `select`.
+fn raise_file_limit() {
+    let Ok((now, most)) = getrlimit(Resource::RLIMIT_NOFILE) else { return };
+    if now >= most {
+        return;
+    }
+    if let Err(error) = setrlimit(Resource::RLIMIT_NOFILE, most, most) {
+        warn!("cannot raise the limit of open files to {most}: {error}");
+    }
 }
 
 /// What pods reach with their own address, and the file that will tell if it changes.

@@ -3,8 +3,10 @@
 //! - [`pins`]: where everything is pinned. - [`programs`]: loads the programs. - [`attach`]: puts them on devices
 //!   and the cgroup. - [`devices`]: follows the devices by netlink. - [`tables`]: the maps, typed.
 //! - [`writer`]: writes what [`crate::desired`] wants. - [`sweep`]: ends flows that have timed out.
+//! - [`destroy`]: ends connected UDP sockets whose backend is gone.
 
 pub mod attach;
+pub mod destroy;
 pub mod devices;
 pub mod pins;
 pub mod ports;
@@ -13,4 +15,6 @@ pub mod sockets;
 pub mod sweep;
 pub mod syscall;
 pub mod tables;
+#[cfg(test)]
+mod testing;
 pub mod writer;

@@ -27,6 +27,7 @@ use sets::Sets;
 use sources::Sources;
 use std::collections::{BTreeMap, HashMap};
 use std::net::{IpAddr, SocketAddr};
+use std::sync::mpsc::SyncSender;
 
 /// Writes to the pinned maps.
 pub struct MapWriter {
@@ -66,6 +67,11 @@ impl MapWriter {
     /// What is not masqueraded to could not be learned: what a former agent wrote stays until it can.
     pub fn inherit_no_masquerade(&mut self) {
         self.inherit = true;
+    }
+
+    /// Tells when UDP backends are gone.
+    pub fn tell_of_gone_backends(&mut self, gone: SyncSender<()>) {
+        self.sets.raised = Some(gone);
     }
 
     fn adopt_family<A: Own>(&mut self) -> Result<()> {

@@ -91,7 +91,8 @@ fn endpoint_chain(s: &Service, e: &SocketAddrV4) -> String {
     format!("KUBE-SEP-{}", hashed((&s.name, e)))
 }
 
-const FILTER: &str = "\
+/// The filter table as kube-proxy begins it, IPv4: all of it but the rules of Services without endpoints.
+pub const FILTER: &str = "\
 *filter
 :INPUT ACCEPT [0:0]
 :FORWARD ACCEPT [0:0]
@@ -120,7 +121,8 @@ const FILTER: &str = "\
 COMMIT
 ";
 
-const NAT_CHAINS: &str = "\
+/// The nat table: the chains that there are without any Service.
+pub const NAT_CHAINS: &str = "\
 *nat
 :PREROUTING ACCEPT [0:0]
 :INPUT ACCEPT [0:0]
@@ -132,7 +134,8 @@ const NAT_CHAINS: &str = "\
 :KUBE-SERVICES - [0:0]
 ";
 
-const NAT_RULES: &str = "\
+/// Their rules, which come after all chains' names.
+pub const NAT_RULES: &str = "\
 -A PREROUTING -m comment --comment \"kubernetes service portals\" -j KUBE-SERVICES
 -A OUTPUT -m comment --comment \"kubernetes service portals\" -j KUBE-SERVICES
 -A POSTROUTING -m comment --comment \"kubernetes postrouting rules\" -j KUBE-POSTROUTING
@@ -142,7 +145,8 @@ const NAT_RULES: &str = "\
 -A KUBE-POSTROUTING -m comment --comment \"kubernetes service traffic requiring SNAT\" -j MASQUERADE --random-fully
 ";
 
-const NAT_LAST: &str = "\
+/// The last rule of `KUBE-SERVICES`, and the table's end.
+pub const NAT_LAST: &str = "\
 -A KUBE-SERVICES -m comment --comment \"kubernetes service nodeports; NOTE: this must be the last rule in this chain\" -m addrtype --dst-type LOCAL -j KUBE-NODEPORTS
 COMMIT
 ";

@@ -4,7 +4,7 @@
 //! Everything that is compared is measured in turn, in one run, on one core: the machine may be busy, and a wake-up on
 //! another core costs more than what we want to see. `docs/performance.md` says how to read the figures.
 
-mod iptables;
+pub mod iptables;
 mod machine;
 mod packet;
 mod programs;

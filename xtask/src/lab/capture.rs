@@ -22,7 +22,7 @@ pub struct Capture {
 }
 
 /// A packet of a [`Capture`].
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub struct Captured {
     /// Whether it left by the device.
     pub out: bool,

@@ -94,6 +94,8 @@ impl From<io::Error> for Failure {
             K::HostUnreachable | K::NetworkUnreachable => Self::Unreachable,
             K::PermissionDenied => Self::Denied,
             _ if e.raw_os_error() == Some(libc::EMSGSIZE) => Self::TooBig,
+            // A connected UDP socket that somebody has ended, as seen by its next send.
+            _ if e.raw_os_error() == Some(libc::EDESTADDRREQ) => Self::Reset,
             _ => Self::Other(e.to_string()),
         }
     }

@@ -5,8 +5,8 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
 use xtask::demo::Cluster;
-use xtask::lab::Host;
-use xtask::probe::{Answer, Ask, Failure};
+use xtask::lab::{Host, Role};
+use xtask::probe::{Answer, Ask, Failure, Transport};
 
 use super::support::{SOON, answered, cluster, dns, eventually, store, web};
 
@@ -14,6 +14,8 @@ use super::support::{SOON, answered, cluster, dns, eventually, store, web};
 struct Talk {
     what: String,
     answers: Receiver<Answer>,
+    /// A connected UDP socket of a host process: it ends with its backend, and the process connects a new one.
+    ends: bool,
 }
 
 impl Talk {
@@ -22,9 +24,10 @@ impl Talk {
         let ask = ask.timeout(Duration::from_millis(300));
         let kind = if ask.unconnected { "unconnected" } else { "connected" };
         let what = format!("{} → {} {kind}", from.name(), ask.to);
+        let ends = from.role() == Role::Node && ask.transport == Transport::Udp && !ask.unconnected;
         let (mut lines, (sender, answers)) = (from.start_asking(&ask)?, channel());
         std::thread::spawn(move || while lines.next().is_some_and(|answer| sender.send(answer).is_ok()) {});
-        Ok(Self { what, answers })
+        Ok(Self { what, answers, ends })
     }
 
     /// The next answer.
@@ -46,11 +49,15 @@ impl Talk {
         self.drain()?.pop().context("no answer")
     }
 
-    /// Reads on until `name` answers. Only those named before may have answered until then, and nothing is lost.
+    /// Reads on until `name` answers. Only those named before may have answered until then, and nothing is lost but
+    /// the socket, if that ends.
     fn moves_to(&self, name: &str, before: &str) -> Result<()> {
-        let deadline = Instant::now() + SOON;
+        let (deadline, mut ends) = (Instant::now() + SOON, self.ends);
         loop {
             let answer = self.next()?;
+            if answer == Err(Failure::Reset) && std::mem::take(&mut ends) {
+                continue;
+            }
             let who = answer.as_deref().map_err(|e| anyhow::anyhow!("{}: {e}, not {name}", self.what))?;
             if who == name {
                 return Ok(());
@@ -167,6 +174,27 @@ fn udp_of_a_pod_follows_endpoints_unconnected() -> Result<()> {
 #[test]
 fn udp_of_a_host_process_follows_endpoints_unconnected() -> Result<()> {
     udp_follows_endpoints("udphu", |cluster| cluster.lab().node(0).clone(), true)
+}
+
+#[test]
+fn udp_of_a_host_process_follows_endpoints_connected() -> Result<()> {
+    udp_follows_endpoints("udphc", |cluster| cluster.lab().node(0).clone(), false)
+}
+
+/// Nobody put the backend into this socket: it is the process's own business.
+#[test]
+fn udp_of_a_host_process_to_the_endpoint_itself_stays() -> Result<()> {
+    let cluster = cluster("udphd")?;
+    let [dns1, node] = [cluster.lab().pod(0, 2), cluster.lab().node(0).clone()];
+    let direct = dns1.at(5353).map(|to| Talk::start(&node, &Ask::udp(to)));
+    let direct: Vec<Talk> = direct.into_iter().collect::<Result<_>>()?;
+    let service: Vec<Talk> =
+        dns().iter().map(|to| Talk::start(&node, &Ask::udp(*to))).collect::<Result<_>>()?;
+    direct.iter().try_for_each(|talk| talk.stays_with("dns-1"))?;
+    service.iter().try_for_each(|talk| talk.next().map(drop))?;
+    dns_without(&cluster, std::slice::from_ref(&dns1))?;
+    service.iter().try_for_each(|talk| talk.moves_to("dns-2", "dns-1"))?;
+    direct.iter().try_for_each(|talk| talk.stays_with("dns-1"))
 }
 
 #[test]

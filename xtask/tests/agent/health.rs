@@ -2,9 +2,11 @@
 
 use std::io::{ErrorKind, Read, Write};
 use std::net::{SocketAddr, TcpStream};
+use std::os::unix::process::CommandExt;
 use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
+use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use serde_json::{Value, json};
 use xtask::agent::Agent;
 use xtask::demo::Cluster;
@@ -120,6 +122,43 @@ fn health_check_node_ports_tell_load_balancers_where_to_go() -> Result<()> {
     std::fs::remove_file(cluster.manifests().join("shop.yaml"))?;
     for at in [both(&n1), both(&n2)].concat() {
         eventually(SOON, || refused(&client, at))?;
+    }
+    Ok(())
+}
+
+/// Sockets of health checks alone are more than the files that a runtime may allow at first.
+#[test]
+fn many_health_checks_do_not_use_up_the_files() -> Result<()> {
+    const SERVICES: u16 = 100;
+    let lab = Lab::builder("files").pods(1).build()?;
+    let node = lab.node(0);
+    let dir = node.state_dir().join("manifests");
+    std::fs::create_dir(&dir)?;
+    let service = |number: u16| {
+        format!(
+            "apiVersion: v1\nkind: Service\nmetadata: {{ name: lb-{number}, namespace: default }}\nspec:\n  \
+             type: LoadBalancer\n  clusterIP: 10.96.8.{number}\n  externalTrafficPolicy: Local\n  \
+             healthCheckNodePort: {}\n  ports: [{{ protocol: TCP, port: 80 }}]\n---\n",
+            PORT + number,
+        )
+    };
+    std::fs::write(dir.join("all.yaml"), (1..=SERVICES).map(service).collect::<String>())?;
+    let mut command = Agent::command(&agent_exe()?, node);
+    command.arg("--manifests").arg(&dir);
+    let few = || {
+        let (_, most) = getrlimit(Resource::RLIMIT_NOFILE)?;
+        Ok(setrlimit(Resource::RLIMIT_NOFILE, u64::from(SERVICES), most)?)
+    };
+    // SAFETY: two system calls.
+    unsafe { command.pre_exec(few) };
+    let mut agent = Agent::spawn(command, node)?;
+    agent.wait_healthy(Duration::from_secs(20))?;
+    for at in (1..=SERVICES).flat_map(|number| node.at(PORT + number)) {
+        eventually(SOON, || {
+            let (head, _) = get(node, at, "/")?.with_context(|| format!("{at}"))?;
+            ensure!(head.starts_with("HTTP/1.1 503 "), "{at}: {head}");
+            Ok(())
+        })?;
     }
     Ok(())
 }

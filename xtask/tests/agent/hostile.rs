@@ -34,7 +34,7 @@ fn pods_learn_of_the_overlays_smaller_mtu() -> Result<()> {
 }
 
 /// Sets the MTU of a device.
-fn set_mtu(host: &Host, device: &'static str, mtu: u32) -> Result<()> {
+pub(crate) fn set_mtu(host: &Host, device: &'static str, mtu: u32) -> Result<()> {
     host.run_in(move || {
         let runtime = tokio::runtime::Builder::new_current_thread().enable_io().build()?;
         runtime.block_on(async {

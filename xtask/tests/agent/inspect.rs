@@ -18,7 +18,7 @@ fn lbctl(node: &Host, args: &[&str]) -> Result<String> {
     Ok(stdout)
 }
 
-fn json(node: &Host, args: &[&str]) -> Result<Value> {
+pub(crate) fn json(node: &Host, args: &[&str]) -> Result<Value> {
     let text = lbctl(node, &[args, &["-o", "json"]].concat())?;
     serde_json::from_str(&text).with_context(|| format!("lbctl {args:?} printed {text}"))
 }

@@ -65,6 +65,15 @@ pub(crate) fn answered(from: &Host, ask: &Ask) -> Result<Vec<String>> {
     Ok(answers.iter().filter_map(|a| a.name().map(String::from)).collect())
 }
 
+/// Lets every host of a lab send as many ICMP errors as there are to send.
+pub(crate) fn unlimited_errors(lab: &Lab) -> Result<()> {
+    for host in lab.hosts() {
+        host.sysctl("ipv4.icmp_ratelimit", "0")?;
+        host.sysctl("ipv6.icmp.ratelimit", "0")?;
+    }
+    Ok(())
+}
+
 /// What a node's agent has logged.
 pub(crate) fn log(node: &Host) -> String {
     std::fs::read_to_string(log_path(node)).unwrap_or_default()
@@ -161,10 +170,11 @@ impl Traffic {
     }
 
     /// Requests over one socket, all of which have to be answered by the same server. Over UDP every single packet
-    /// counts.
+    /// counts. Without an interval of its own, it asks every two milliseconds.
     pub(crate) fn conversation(&mut self, from: &Host, ask: &Ask) -> Result<()> {
         let what = format!("conversation {} → {}", from.name(), ask.to);
-        let ask = ask.clone().keep().count(1_000_000).interval(Duration::from_millis(2));
+        let interval = if ask.interval.is_zero() { Duration::from_millis(2) } else { ask.interval };
+        let ask = ask.clone().keep().count(1_000_000).interval(interval);
         let (mut answers, mut server) = (from.start_asking(&ask)?, None);
         self.work(what, move || {
             let answer = answers.next().context("the client ended")?;

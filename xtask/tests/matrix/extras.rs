@@ -7,7 +7,7 @@ use anyhow::{Context, Result, ensure};
 use serde_json::{Value, json};
 
 use super::cells::{BACKENDS, Backend, Client, Front, Over};
-use super::judge::{Case, PATIENCE, judge};
+use super::judge::{Case, PATIENCE, judge, settle};
 use super::oracle::{Expected, Source};
 use super::site::{ON_N1, Site, documents, objects};
 
@@ -182,5 +182,37 @@ fn a_client_stays_with_its_endpoint_whichever_way_it_comes() -> Result<()> {
         }
     }
     ensure!(chosen.len() == 2, "everybody has {chosen:?}");
+    Ok(())
+}
+
+#[test]
+#[ignore = "session affinity is not served yet"]
+fn a_client_moves_when_its_endpoint_goes_and_stays_where_it_moved() -> Result<()> {
+    const NUMBER: u8 = 79;
+    let spec = json!({"sessionAffinity": "ClientIP"});
+    let manifest =
+        |what| Ok::<_, anyhow::Error>(documents(&objects("moves", NUMBER, backends(what)?, &spec)));
+    let site = Site::start("moves", &[("moves.yaml", manifest("both")?)])?;
+    let asked = |what: &str, names: &'static [&'static str]| {
+        let mut all = Vec::new();
+        for client in [Client::Pod(0), Client::Process(0), Client::Outside] {
+            for front in ON_N1 {
+                all.extend(cases(&site, what, (client, front), NUMBER, |_| Expected::Sticks(names)));
+            }
+        }
+        all
+    };
+    judge(&site, &asked("both", &["here", "there"]))?;
+    for (left, names) in [("there", &["there"] as &[_]), ("here", &["here"]), ("there", &["there"])] {
+        site.write("moves.yaml", &manifest(left)?)?;
+        settle(&site, &asked(left, names))?;
+        // What comes back is for others.
+        site.write("moves.yaml", &manifest("both")?)?;
+        site.write("moved.yaml", &documents(&objects("moved", NUMBER + 1, backends(left)?, &json!({}))))?;
+        let seen =
+            cases(&site, "read", (Client::Pod(0), Front::ClusterIp), NUMBER + 1, |_| Expected::Names(names));
+        settle(&site, &seen)?;
+        judge(&site, &asked(left, names))?;
+    }
     Ok(())
 }

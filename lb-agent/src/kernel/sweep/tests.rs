@@ -1,16 +1,11 @@
 //! Against real maps, in a BPF file system of the test's own.
 
 use super::*;
-use crate::kernel::programs::{MAPS, OBJECT};
-use aya::EbpfLoader;
+use crate::kernel::testing::Bpffs;
 use lb_common::addr::{Ip4, Ip6, NetPort};
 use lb_common::maps::{Addr, Flow, Side};
-use nix::mount::{MntFlags, MsFlags, mount, umount2};
-use nix::sched::{CloneFlags, unshare};
 use std::collections::BTreeSet;
 
-const WHY_ROOT: &str =
-    "the sweeper's tests make BPF maps and a mount namespace of their own: run them as root";
 const SEEN: u8 = Flow::<Ip4>::SEEN;
 const FIN: u8 = Flow::<Ip4>::FIN;
 const RST: u8 = Flow::<Ip4>::RST;
@@ -20,26 +15,17 @@ const NOW: u32 = 1_000_000;
 /// Room for so many entries.
 const LIMIT: u32 = 4096;
 
-/// A sweeper of tables that nobody else sees: a mount namespace for this thread, gone with it.
+/// A sweeper of tables that nobody else sees.
 struct Site {
-    dir: tempfile::TempDir,
+    bpffs: Bpffs,
     sweeper: Sweeper,
 }
 
 impl Site {
     fn new() -> Self {
-        unshare(CloneFlags::CLONE_NEWNS).expect(WHY_ROOT);
-        let private = MsFlags::MS_REC | MsFlags::MS_PRIVATE;
-        mount(None::<&str>, "/", None::<&str>, private, None::<&str>).expect(WHY_ROOT);
-        let dir = tempfile::tempdir().expect("a directory");
-        let pins = Pins::prepare(dir.path()).expect(WHY_ROOT);
-        let mut loader = EbpfLoader::new();
-        for map in MAPS {
-            loader.map_pin_path(map, pins.map(map));
-        }
-        loader.map_max_entries("LB_FLOW4", LIMIT).map_max_entries("LB_FLOW6", LIMIT);
-        loader.load(OBJECT).expect(WHY_ROOT);
-        Self { dir, sweeper: Sweeper::open(&pins, Timeouts::default()).expect("a sweeper") }
+        let bpffs = Bpffs::new(LIMIT);
+        let sweeper = Sweeper::open(&bpffs.pins, Timeouts::default()).expect("a sweeper");
+        Self { bpffs, sweeper }
     }
 
     fn v4(&mut self) -> &mut Family<Ip4> {
@@ -55,12 +41,6 @@ impl Site {
         };
         self.sweeper.read.v4.for_each_flow(each).expect("read the flows");
         ports
-    }
-}
-
-impl Drop for Site {
-    fn drop(&mut self) {
-        umount2(self.dir.path(), MntFlags::MNT_DETACH).expect("unmount");
     }
 }
 
@@ -226,8 +206,7 @@ fn a_look_sweeps_when_the_table_fills_up_and_rests_when_it_cannot_help() {
     let count = |site: &Site, reason: Reason, n: u64| {
         let cpus = aya::util::nr_cpus().expect("the number of CPUs");
         let values = aya::maps::PerCpuValues::try_from(vec![n; cpus]).expect("a value for each");
-        let pin =
-            aya::maps::MapData::from_pin(Pins::at(site.dir.path()).map("LB_COUNT")).expect("the counters");
+        let pin = aya::maps::MapData::from_pin(site.bpffs.pins.map("LB_COUNT")).expect("the counters");
         let mut counters =
             aya::maps::PerCpuArray::<_, u64>::try_from(aya::maps::Map::PerCpuArray(pin)).expect("counters");
         counters.set(reason as u32, values, 0).expect("count");

@@ -9,6 +9,7 @@ use lb_common::maps::{Frontend, Set, Slot, SlotKey};
 use std::collections::{BTreeMap, HashMap};
 use std::net::SocketAddr;
 use std::sync::Arc;
+use std::sync::mpsc::SyncSender;
 
 #[derive(Debug, Default)]
 pub(super) struct Sets {
@@ -20,6 +21,8 @@ pub(super) struct Sets {
     last_backend: u32,
     /// Ids and epochs of the backends of sets that no frontend uses, while adopting.
     orphans: Vec<(u32, u32)>,
+    /// Told when an epoch was raised.
+    pub(super) raised: Option<SyncSender<()>>,
 }
 
 #[derive(Debug)]
@@ -137,8 +140,16 @@ impl Sets {
                 .set(backend.id, backend.epoch.wrapping_add(1), 0)
                 .context("raise a backend's epoch")?;
             self.free_backends.push(backend.id);
+            self.tell();
         }
         Ok(())
+    }
+
+    /// One look at everything is as good as many: a full line is no loss.
+    fn tell(&self) {
+        if let Some(raised) = &self.raised {
+            let _ = raised.try_send(());
+        }
     }
 
     /// Takes over the sets that a former agent's frontends use.
@@ -199,6 +210,7 @@ impl Sets {
         for (id, epoch) in std::mem::take(&mut self.orphans) {
             if !used.contains(&id) {
                 tables.epochs.set(id, epoch.wrapping_add(1), 0).context("raise a backend's epoch")?;
+                self.tell();
             }
         }
         self.free_backends = (1..=self.last_backend).filter(|id| !used.contains(id)).collect();
