@@ -34,8 +34,10 @@ const EVERY: Duration = Duration::from_secs(10);
 const LOOK_EVERY: Duration = Duration::from_secs(1);
 /// Every so many sweeps entries are looked at whose flow's main entry is gone.
 const ORPHANS_EVERY: u32 = 6;
-/// After a sweep that made room, rest for so many times as long as it took: a fifth of a core at most.
+/// After a sweep, rest for so many times as long as it took: a fifth of a core at most.
 const REST: u32 = 4;
+/// The same while new flows are refused: half a core.
+const SHORT_REST: u32 = 1;
 /// Entries that a flow can have: an estimate of what new flows have taken, on the safe side.
 const ENTRIES_PER_FLOW: u64 = 4;
 /// Seconds of silence after which a flow that can be spared can go, when the table fills up.
@@ -168,7 +170,7 @@ impl Sweeper {
         }
         (self.counted, self.last) = (counted, start);
         self.sweep(monotonic_seconds(), full.then_some(if refused { URGENT } else { PATIENT }))?;
-        self.not_before = Instant::now() + start.elapsed() * REST;
+        self.not_before = Instant::now() + start.elapsed() * if refused { SHORT_REST } else { REST };
         Ok(())
     }
 

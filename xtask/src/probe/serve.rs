@@ -58,6 +58,8 @@ impl Serve {
         for port in self.udp {
             let socket = UdpSocket::from(bind(Type::DGRAM, Protocol::UDP, port)?);
             setsockopt(&socket, sockopt::Ipv6RecvPacketInfo, &true)?;
+            // Room for the datagrams of many clients while this thread waits for its turn.
+            setsockopt(&socket, sockopt::RcvBufForce, &(8 << 20)).context("enlarging the receive buffer")?;
             let name = name.clone();
             threads.push(std::thread::spawn(move || {
                 let mut buffer = vec![0; 65536];

@@ -13,7 +13,7 @@ use super::wire::{Failure, Reply};
 use super::{Ask, Transport};
 
 /// Most of them wait for what does not come.
-const WORKERS: usize = 96;
+const WORKERS: usize = 48;
 
 /// Who is asked, and how often.
 #[derive(Clone, Debug, Serialize, Deserialize)]

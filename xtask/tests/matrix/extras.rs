@@ -42,6 +42,7 @@ const RANGES: [(&[&str], [bool; 4]); 5] = [
     (&["192.0.2.0/24 ", " 2001:db8:1::/64"], [false, false, false, true]),
     (&["10.244.1.11/32", "fd00:10:244:1::11/128"], [true, false, false, false]),
     (&["172.18.0.0/24", "fd00:172:18::/64"], [false, false, true, false]),
+    // A process has the address of its way out: the bridge's, which lies within, does not help it.
     (
         &["10.244.0.0/16", "192.0.2.10/32", "2001:db8:1::10/128", "fd00:10:244::/48"],
         [true, true, false, true],

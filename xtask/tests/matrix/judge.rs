@@ -152,7 +152,7 @@ pub(crate) fn judge(site: &Site, cases: &[Case]) -> Result<Vec<Tally>> {
         table.add(site, case, tally);
     }
     let wrong = table.cells;
-    ensure!(wrong == 0, "{wrong} of {} cells are wrong:\n{table}\n{}", cases.len(), site.logs());
+    ensure!(wrong == 0, "{wrong} of {} cells are wrong:\n{table}\n{}", cases.len(), site.words());
     Ok(tallies)
 }
 

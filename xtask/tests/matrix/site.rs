@@ -1,8 +1,10 @@
 //! The lab, its servers and its agents.
 
 use std::collections::BTreeMap;
+use std::fmt::Write as _;
 use std::fs;
-use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
+use std::io::Write as _;
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, TcpStream};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU16, Ordering};
 use std::time::Duration;
@@ -112,9 +114,19 @@ impl Site {
         next
     }
 
-    /// The last lines of the agents' logs.
-    pub(crate) fn logs(&self) -> String {
-        (0..2).map(|node| log_tail(self.lab.node(node))).collect()
+    /// What else there is to say of a failure: the agents' drops and last words, and what servers lost by themselves.
+    pub(crate) fn words(&self) -> String {
+        let mut text = String::new();
+        for node in 0..2 {
+            let host = self.lab.node(node);
+            let drops = host.run_in(drops).unwrap_or_default();
+            let _ = writeln!(text, "{} dropped {drops}\n{}", host.name(), log_tail(host));
+        }
+        for host in [&self.lab.pod(0, 0), &self.lab.pod(1, 0), self.lab.node(0)] {
+            let lost = host.run_in(overruns).unwrap_or_default();
+            let _ = writeln!(text, "{} had no room for {lost:?} datagrams", host.name());
+        }
+        text
     }
 
     fn node_object(&self, node: usize) -> Value {
@@ -249,4 +261,26 @@ pub(crate) fn matrix() -> String {
         objects(&format!("s{number}"), number, service.endpoints(), &spec)
     });
     documents(&all.collect::<Vec<_>>())
+}
+
+/// The agent's counters of packets dropped that are not zero, asked for where it runs.
+fn drops() -> String {
+    let ask = || -> std::io::Result<String> {
+        let mut stream = TcpStream::connect("127.0.0.1:10249")?;
+        stream.write_all(b"GET /metrics HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n")?;
+        std::io::read_to_string(stream)
+    };
+    let text = ask().unwrap_or_default();
+    let drops = text.lines().filter_map(|line| line.strip_prefix("lb_drops_total"));
+    drops.filter(|line| !line.ends_with(" 0")).collect::<Vec<_>>().join(" ")
+}
+
+/// Datagrams that found a full buffer, in both families: the calling thread's namespace.
+fn overruns() -> [Option<u64>; 2] {
+    let v6 = std::fs::read_to_string("/proc/thread-self/net/snmp6").unwrap_or_default();
+    let v6 = v6.lines().find_map(|line| line.strip_prefix("Udp6RcvbufErrors")?.trim().parse().ok());
+    let v4 = std::fs::read_to_string("/proc/thread-self/net/snmp").unwrap_or_default();
+    let mut udp = v4.lines().filter_map(|line| line.strip_prefix("Udp: ")).map(str::split_whitespace);
+    let column = udp.next().and_then(|mut names| names.position(|name| name == "RcvbufErrors"));
+    [udp.next().zip(column).and_then(|(mut values, i)| values.nth(i)?.parse().ok()), v6]
 }

@@ -102,15 +102,20 @@ impl Round<'_> {
     /// Looks at all entries of the flow: the last packet of either direction counts.
     fn look<A: NodeAddr>(&self, family: &mut Family<A>, key: &FlowKey<A>, flow: &Flow<A>, swept: &mut Swept) {
         // The main entry knows the masquerade port; where it is gone, this one has to do.
-        let main = family.flows.get(&flow.key(Side::Forward), 0).ok();
-        let main = main.filter(|main| main.same_origin(flow)).unwrap_or(*flow);
+        let main_key = flow.key(Side::Forward);
+        let there = family.flows.get(&main_key, 0).ok().filter(|main| main.same_origin(flow));
+        let main = there.unwrap_or(*flow);
         let mut keys = entries(&main);
         if !keys.contains(&Some(*key)) {
             keys[ENTRIES - 1] = Some(*key);
         }
         let (mut found, mut youngest, mut seen) = (0, u32::MAX, Seen::default());
         for slot in &mut keys {
-            let entry = slot.and_then(|key| family.flows.get(&key, 0).ok());
+            let entry = match slot {
+                Some(key) if *key == main_key => there,
+                Some(key) => family.flows.get(key, 0).ok(),
+                None => None,
+            };
             match entry.filter(|entry| entry.same_origin(&main)) {
                 Some(entry) => {
                     found += 1;
