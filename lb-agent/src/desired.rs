@@ -11,7 +11,7 @@ mod reconciler;
 pub use addresses::{NodePortAddresses, node_port_addresses};
 pub use reconciler::{Diff, Reconciler, Totals};
 
-use crate::model::{EndpointSet, Frontend, FrontendAddr, FrontendKind, ServicePort, Sources};
+use crate::model::{EndpointSet, Frontend, FrontendAddr, FrontendKind, Protocol, ServicePort, Sources};
 use crate::store::{LocalAddresses, Node, ObjectName, Port, Service, Slice, Warning};
 use endpoints::Categorized;
 use ipnet::IpNet;
@@ -139,7 +139,13 @@ impl Builder<'_> {
             // endpoint, as through a ClusterIP.
             (self.usable.set(false), self.usable.set(self.service.external_local))
         };
+        // TCP flows stay in any case.
+        let lingering = match self.port.protocol {
+            Protocol::Udp => self.usable.lingering([&internal, &external]),
+            Protocol::Tcp => Arc::default(),
+        };
         Frontend {
+            lingering,
             service: ServicePort {
                 namespace: self.name.namespace().into(),
                 name: self.name.name().into(),

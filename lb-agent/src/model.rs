@@ -115,6 +115,9 @@ pub struct Frontend {
     pub masquerade_always: bool,
     /// `loadBalancerSourceRanges`; `None` admits everybody.
     pub sources: Option<Sources>,
+    /// UDP: endpoints that are in neither set and get nothing new, but still serve (they are terminating, say), so that
+    /// the flows that they have stay with them. Sorted.
+    pub lingering: Arc<[SocketAddr]>,
 }
 
 /// Clients that are admitted.

@@ -10,6 +10,8 @@ use std::sync::Arc;
 pub(super) struct Categorized {
     cluster: EndpointSet,
     local: EndpointSet,
+    /// All that would answer, whether they get anything new or not.
+    serving: Vec<SocketAddr>,
 }
 
 impl Categorized {
@@ -42,7 +44,19 @@ impl Categorized {
         let local = or_else(local_ready, || pick(&all, |endpoint| endpoint.local && terminating(endpoint)));
         // Topology never empties the set, so the cluster's set is empty only if there is nothing anywhere.
         let none_local = if cluster.is_empty() { EndpointSet::Reject } else { EndpointSet::Drop };
-        Self { cluster: set(cluster, EndpointSet::Reject), local: set(local, none_local) }
+        let serving = all.iter().filter(|(_, endpoint)| endpoint.serving).map(|(addr, _)| *addr).collect();
+        Self { cluster: set(cluster, EndpointSet::Reject), local: set(local, none_local), serving }
+    }
+
+    /// Those that would answer but are in none of the sets.
+    pub(super) fn lingering(&self, sets: [&EndpointSet; 2]) -> Arc<[SocketAddr]> {
+        let in_a_set = |addr: &SocketAddr| {
+            sets.into_iter().any(|set| match set {
+                EndpointSet::Endpoints(list) => list.binary_search_by_key(addr, |e| e.addr).is_ok(),
+                EndpointSet::Reject | EndpointSet::Drop => false,
+            })
+        };
+        self.serving.iter().filter(|addr| !in_a_set(addr)).copied().collect()
     }
 
     /// The endpoints for a traffic policy.

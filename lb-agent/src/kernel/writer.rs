@@ -27,6 +27,7 @@ use sets::Sets;
 use sources::Sources;
 use std::collections::{BTreeMap, HashMap};
 use std::net::{IpAddr, SocketAddr};
+use std::sync::Arc;
 use std::sync::mpsc::SyncSender;
 
 /// Writes to the pinned maps.
@@ -38,6 +39,8 @@ pub struct MapWriter {
     sources: Sources,
     cluster_ips4: ClusterIps<Ip4>,
     cluster_ips6: ClusterIps<Ip6>,
+    /// By frontend: endpoints that are in no set, but alive.
+    lingering: HashMap<FrontendAddr, (u32, Arc<[SocketAddr]>)>,
     /// `--cluster-cidr`; the Node's pod CIDRs stand in where it is empty.
     cluster: Vec<IpNet>,
     no_masquerade: Vec<IpNet>,
@@ -57,6 +60,7 @@ impl MapWriter {
             sources: Sources::default(),
             cluster_ips4: ClusterIps::default(),
             cluster_ips6: ClusterIps::default(),
+            lingering: HashMap::new(),
             cluster,
             no_masquerade,
             inherit: false,
@@ -100,6 +104,8 @@ impl MapWriter {
         let udp = at.protocol == Protocol::Udp;
         let internal = self.sets.take::<A>(&mut self.tables, service, &wanted.internal, udp)?;
         let external = self.sets.take::<A>(&mut self.tables, service, &wanted.external, udp)?;
+        // Before the old sets go: an endpoint that moves from one to the other must not be taken for gone.
+        let lingered = self.linger(at, service, &wanted.lingering)?;
         let mut flags = 0;
         for (set, bit) in
             [(&wanted.internal, Frontend::INTERNAL_DROP), (&wanted.external, Frontend::EXTERNAL_DROP)]
@@ -144,12 +150,30 @@ impl MapWriter {
             // The same sets were taken once more.
             self.sets.release::<A>(&mut self.tables, internal)?;
             self.sets.release::<A>(&mut self.tables, external)?;
-            return Ok(());
+            return self.end_lingering(lingered);
         }
         if let Some(old) = old {
             self.retire::<A>(at, &old)?;
         }
-        Ok(())
+        self.end_lingering(lingered)
+    }
+
+    /// Keeps backends that get nothing new alive for the flows that they have. Returns those of before.
+    fn linger(&mut self, at: &FrontendAddr, service: u32, addrs: &Arc<[SocketAddr]>) -> Result<Lingering> {
+        for addr in addrs.iter() {
+            self.sets.hold_backend(&mut self.tables, service, *addr)?;
+        }
+        let new = (!addrs.is_empty()).then(|| (service, addrs.clone()));
+        let old = match new {
+            Some(new) => self.lingering.insert(*at, new),
+            None => self.lingering.remove(at),
+        };
+        Ok(old)
+    }
+
+    fn end_lingering(&mut self, old: Lingering) -> Result<()> {
+        let Some((service, addrs)) = old else { return Ok(()) };
+        addrs.iter().try_for_each(|addr| self.sets.release_backend(&mut self.tables, service, *addr))
     }
 
     fn delete<A: Own>(&mut self, at: &FrontendAddr) -> Result<()> {
@@ -158,6 +182,8 @@ impl MapWriter {
         gone(A::tables(&mut self.tables).frontends.remove(&key))
             .with_context(|| format!("delete the frontend {} {}", at.addr, at.protocol))?;
         self.frontends.remove(at);
+        let lingered = self.lingering.remove(at);
+        self.end_lingering(lingered)?;
         self.retire::<A>(at, &old)
     }
 
@@ -275,7 +301,7 @@ impl Writer for MapWriter {
                 SocketAddr::V6(_) => self.delete::<Ip6>(at)?,
             }
         }
-        Ok(())
+        self.sets.settle(&mut self.tables)
     }
 
     fn no_masquerade(&mut self, ranges: Vec<IpNet>) {
@@ -287,6 +313,9 @@ impl Writer for MapWriter {
         self.write_cidrs(node)
     }
 }
+
+/// A Service port's lingering endpoints.
+type Lingering = Option<(u32, Arc<[SocketAddr]>)>;
 
 /// What the writer keeps of each family.
 trait Own: NodeAddr {

@@ -189,7 +189,7 @@ fn node_ports_on_the_addresses_that_the_flag_says() {
 
 #[test]
 fn the_rest_of_the_spec_arrives() {
-    use lb_agent::desired::{Config, service};
+    use lb_agent::desired::{Config, Host, service};
     let affinity = |spec: Value| {
         let mut world = World::new();
         world.service("a/web", spec);
@@ -197,7 +197,8 @@ fn the_rest_of_the_spec_arrives() {
         let config = Config { masquerade_all: true, ..Config::default() };
         let node = "192.0.2.1".parse().unwrap();
         let found = world.store.service(&name).unwrap();
-        let desired = service(&name, found, [].into_iter(), world.store.node(), &[node], &config);
+        let host = Host { node: world.store.node(), node_ports: &[node], addresses: world.store.addresses() };
+        let desired = service(&name, found, [].into_iter(), &host, &config);
         desired
             .frontends
             .values()
@@ -221,17 +222,58 @@ fn the_rest_of_the_spec_arrives() {
 }
 
 #[test]
-fn source_ranges_are_kept_and_announced() {
-    let mut world = World::new();
-    world.service(
-        "web",
+fn source_ranges_restrict_load_balancer_addresses_of_their_family() {
+    let spec = |ranges: Value| {
+        let ingress = json!([{"ip": "203.0.113.9"}, {"ip": "2001:db8::9"}]);
         json!({
-            "type": "LoadBalancer", "clusterIP": "10.96.0.1", "ports": [{"port": 80}],
-            "loadBalancerSourceRanges": [" 203.0.113.0/24 ", "bad"],
-        }),
-    );
-    let kept = &world.store.service(&crate::support::name("web")).unwrap().source_ranges;
-    assert_eq!(**kept, ["203.0.113.0/24".parse().unwrap()]);
-    let warnings = world.warnings("web").join("\n");
-    assert!(warnings.contains("\"bad\" is not a CIDR") && warnings.contains("is not enforced"), "{warnings}");
+            "type": "LoadBalancer", "clusterIPs": ["10.96.0.1", "fd00:96::1"], "externalIPs": ["198.51.100.1"],
+            "ports": [{"port": 80, "nodePort": 30080}], "loadBalancerSourceRanges": ranges,
+            "status": {"loadBalancer": {"ingress": ingress}},
+        })
+    };
+    let sources = |world: &World| -> Vec<(String, Vec<String>, bool)> {
+        let all = world.desired("web").frontends;
+        let restricted = all.iter().filter_map(|(at, frontend)| Some((at, frontend.sources.as_ref()?)));
+        let text = restricted.map(|(at, sources)| {
+            (at.addr.to_string(), sources.ranges.iter().map(ToString::to_string).collect(), sources.node)
+        });
+        text.collect()
+    };
+    let mut world = World::new();
+    world.service("web", spec(json!([" 203.0.113.0/24 ", "bad", "192.0.2.0/24"])));
+    let restricted = |node| {
+        let ranges = ["192.0.2.0/24", "203.0.113.0/24"].map(str::to_owned).to_vec();
+        [("203.0.113.9:80".to_owned(), ranges, node)]
+    };
+    // None of the other family: that one is not restricted.
+    assert_eq!(sources(&world), restricted(true));
+    assert!(world.warnings("web").join("\n").contains("\"bad\" is not a CIDR"));
+    // The node's address counts as it is now.
+    world.store.take_dirty();
+    world.apply(Change::Addresses(["198.51.100.7".parse().unwrap()].into_iter().collect()));
+    assert!(world.store.take_dirty().services.contains(&crate::support::name("web")));
+    assert_eq!(sources(&world), restricted(false));
+    world.service("web", spec(json!([" "])));
+    assert_eq!(sources(&world), []);
+}
+
+#[test]
+fn endpoints_that_still_serve_linger() {
+    let mut world = World::new();
+    let ports = json!([{"name": "u", "port": 53, "protocol": "UDP"}, {"name": "t", "port": 53}]);
+    world.service("dns", json!({"clusterIP": "10.96.0.1", "ports": ports}));
+    let listed = crate::support::endpoints("10.42.0.1, 10.42.0.2 ~, 10.42.0.3 x, 10.42.0.4 !");
+    let ports = json!([{"name": "u", "port": 53, "protocol": "UDP"}, {"name": "t", "port": 53}]);
+    world.apply(crate::support::a_slice("dns-1", "dns", ports, listed));
+    let lingering = |world: &World| -> Vec<(String, Vec<String>)> {
+        let all = world.desired("dns").frontends.into_iter();
+        all.map(|(at, f)| (at.protocol.to_string(), f.lingering.iter().map(ToString::to_string).collect()))
+            .collect()
+    };
+    let still = vec!["10.42.0.2:53".to_owned()];
+    assert_eq!(lingering(&world), [("TCP".to_owned(), vec![]), ("UDP".to_owned(), still)]);
+    // It is used when nothing better is there: it does not linger then.
+    let ports = json!([{"name": "u", "port": 53, "protocol": "UDP"}]);
+    world.apply(crate::support::a_slice("dns-1", "dns", ports, crate::support::endpoints("10.42.0.2 ~")));
+    assert_eq!(lingering(&world)[1].1, Vec::<String>::new());
 }

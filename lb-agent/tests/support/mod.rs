@@ -2,7 +2,7 @@
 
 use k8s_openapi::api::core::v1 as core;
 use k8s_openapi::api::discovery::v1::EndpointSlice;
-use lb_agent::desired::{Config, node_port_addresses, service};
+use lb_agent::desired::{Config, Host, node_port_addresses, service};
 use lb_agent::model::{EndpointSet, Frontend, FrontendAddr};
 use lb_agent::store::{Change, Node, ObjectName, Slice, Store};
 use serde_json::{Value, json};
@@ -109,13 +109,15 @@ impl World {
         self.apply(a_slice(&format!("{service}-1"), service, plain, endpoints(text)))
     }
 
-    fn desired(&self, at: &str) -> lb_agent::desired::DesiredService {
+    pub(crate) fn desired(&self, at: &str) -> lb_agent::desired::DesiredService {
         let at = name(at);
         let (wanted, localhost) = (&self.config.node_port_addresses, self.config.localhost_node_ports);
         let addresses = node_port_addresses(wanted, localhost, self.store.addresses(), self.store.node());
         let Some(found) = self.store.service(&at) else { return Default::default() };
         let slices: Vec<_> = self.store.slices(&at).collect();
-        service(&at, found, slices.iter().copied(), self.store.node(), &addresses, &self.config)
+        let host =
+            Host { node: self.store.node(), node_ports: &addresses, addresses: self.store.addresses() };
+        service(&at, found, slices.iter().copied(), &host, &self.config)
     }
 
     /// The frontends of a Service as lines, see [`show`].

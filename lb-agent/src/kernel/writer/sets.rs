@@ -19,6 +19,8 @@ pub(super) struct Sets {
     backends: HashMap<(u32, SocketAddr), Backend>,
     free_backends: Vec<u32>,
     last_backend: u32,
+    /// There may be adopted backends that nobody uses.
+    unsettled: bool,
     /// Ids and epochs of the backends of sets that no frontend uses, while adopting.
     orphans: Vec<(u32, u32)>,
     /// Told when an epoch was raised.
@@ -108,6 +110,36 @@ impl Sets {
         Ok(())
     }
 
+    /// Backends that are in no set but that flows go to: a former agent may have kept them for those flows.
+    fn adopt_lingering<A: NodeAddr>(&mut self, tables: &mut Tables) -> Result<()> {
+        let mut found = HashMap::new();
+        A::tables(tables).for_each_flow(|_, flow| {
+            if flow.backend_id != 0 {
+                let at = (flow.service, socket_addr(flow.backend, flow.backend_port));
+                found.insert(at, (flow.backend_id, flow.backend_epoch));
+            }
+            Ok(())
+        })?;
+        for (at, (id, epoch)) in found {
+            if !self.backends.contains_key(&at) && tables.epochs.get(&id, 0).is_ok_and(|now| now == epoch) {
+                self.last_backend = self.last_backend.max(id);
+                self.backends.insert(at, Backend { id, epoch, sets: 0 });
+                self.unsettled = true;
+            }
+        }
+        Ok(())
+    }
+
+    /// All frontends are written: adopted backends that nobody uses are gone.
+    pub(super) fn settle(&mut self, tables: &mut Tables) -> Result<()> {
+        if !std::mem::take(&mut self.unsettled) {
+            return Ok(());
+        }
+        let unused: Vec<_> =
+            self.backends.iter().filter(|(_, backend)| backend.sets == 0).map(|(at, _)| *at).collect();
+        unused.into_iter().try_for_each(|(service, addr)| self.release_backend(tables, service, addr))
+    }
+
     fn backend(&mut self, tables: &mut Tables, service: u32, addr: SocketAddr) -> Result<(u32, u32)> {
         if let Some(backend) = self.backends.get_mut(&(service, addr)) {
             backend.sets += 1;
@@ -129,7 +161,18 @@ impl Sets {
         Ok((id, epoch))
     }
 
-    fn release_backend(&mut self, tables: &mut Tables, service: u32, addr: SocketAddr) -> Result<()> {
+    /// A use of a backend that is in no set.
+    pub(super) fn hold_backend(&mut self, tables: &mut Tables, service: u32, addr: SocketAddr) -> Result<()> {
+        self.backend(tables, service, addr).map(drop)
+    }
+
+    /// Gives back one use of a backend. The last one ends its flows.
+    pub(super) fn release_backend(
+        &mut self,
+        tables: &mut Tables,
+        service: u32,
+        addr: SocketAddr,
+    ) -> Result<()> {
         let Some(backend) = self.backends.get_mut(&(service, addr)) else { return Ok(()) };
         backend.sets = backend.sets.saturating_sub(1);
         if backend.sets == 0
@@ -206,6 +249,8 @@ impl Sets {
         for (set, v4) in orphans {
             if v4 { self.release::<Ip4>(tables, set)? } else { self.release::<Ip6>(tables, set)? }
         }
+        self.adopt_lingering::<Ip4>(tables)?;
+        self.adopt_lingering::<Ip6>(tables)?;
         let used: std::collections::HashSet<u32> = self.backends.values().map(|b| b.id).collect();
         for (id, epoch) in std::mem::take(&mut self.orphans) {
             if !used.contains(&id) {

@@ -3,16 +3,21 @@
 use super::MapWriter;
 use crate::kernel::pins::Pins;
 use crate::kernel::programs::{MAPS, OBJECT};
-use crate::kernel::tables::Tables;
-use crate::model::{Endpoint, EndpointSet, Frontend, FrontendAddr, FrontendKind, Protocol, ServicePort};
+use crate::kernel::tables::{NodeAddr, Tables};
+use crate::model::{
+    Endpoint, EndpointSet, Frontend, FrontendAddr, FrontendKind, Protocol, ServicePort, Sources,
+};
 use crate::sync::{Diff, Writer as _};
 use aya::EbpfLoader;
+use aya::maps::MapData;
+use aya::maps::lpm_trie::LpmTrie;
 use lb_common::addr::{Ip4, Ip6, NetPort};
-use lb_common::maps::{self, FrontendKey, ServiceName, Set, Slot, SlotKey};
+use lb_common::maps::{self, Addr as _, FrontendKey, ServiceName, Set, Slot, SlotKey};
 use nix::mount::{MsFlags, mount};
 use nix::sched::{CloneFlags, unshare};
 use std::collections::{BTreeSet, HashMap};
 use std::net::SocketAddr;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::Relaxed};
 use std::time::{Duration, Instant};
 
@@ -69,6 +74,8 @@ struct State {
     front6: HashMap<FrontendKey<Ip6>, maps::Frontend>,
     slot4: HashMap<SlotKey, Slot<Ip4>>,
     slot6: HashMap<SlotKey, Slot<Ip6>>,
+    sources: BTreeSet<(u32, String)>,
+    ranges: (maps::Range<Ip4>, maps::Range<Ip6>),
     names: HashMap<u32, ServiceName>,
     epochs: Vec<u32>,
 }
@@ -80,10 +87,22 @@ impl State {
             front6: tables.v6.frontends.iter().map(Result::unwrap).collect(),
             slot4: tables.v4.slots.iter().map(Result::unwrap).collect(),
             slot6: tables.v6.slots.iter().map(Result::unwrap).collect(),
+            sources: sources(&tables.v4.sources).chain(sources(&tables.v6.sources)).collect(),
+            ranges: (tables.v4.cluster_ips.get(&0, 0).unwrap(), tables.v6.cluster_ips.get(&0, 0).unwrap()),
             names: tables.names.iter().map(Result::unwrap).collect(),
             epochs: (0..64).map(|id| tables.epochs.get(&id, 0).expect("an epoch")).collect(),
         }
     }
+}
+
+fn sources<A: NodeAddr>(
+    map: &LpmTrie<MapData, maps::SourceKey<A>, u32>,
+) -> impl Iterator<Item = (u32, String)> {
+    map.iter().map(Result::unwrap).map(|(key, _)| {
+        let source = key.data();
+        let ip: std::net::IpAddr = { source.addr }.into();
+        (source.service, format!("{ip}/{}", key.prefix_len() - 32))
+    })
 }
 
 fn at(addr: &str, protocol: Protocol) -> FrontendAddr {
@@ -108,6 +127,8 @@ fn frontend(name: &str, set: EndpointSet) -> Frontend {
         external: set,
         affinity: Some(Duration::from_secs(10_800)),
         masquerade_always: false,
+        sources: None,
+        lingering: Arc::default(),
     }
 }
 
@@ -136,7 +157,7 @@ fn what_is_written() {
     };
     put(&mut writer, udp, mixed);
     let state = bpffs.state();
-    let (key, web) = state.front4.iter().next().expect("a frontend");
+    let (key, web) = state.front4.iter().find(|(key, _)| key.proto != 0).expect("a frontend");
     assert_eq!(
         *key,
         FrontendKey::new(Ip4::from(std::net::Ipv4Addr::new(10, 96, 0, 10)), NetPort::new(80), 6)
@@ -151,7 +172,7 @@ fn what_is_written() {
         ..Slot::default()
     };
     assert_eq!((slot(0), slot(1)), (expect([10, 42, 0, 5], Slot::<Ip4>::LOCAL), expect([10, 42, 1, 7], 0)));
-    let (key, dns) = state.front6.iter().next().expect("a frontend");
+    let (key, dns) = state.front6.iter().find(|(key, _)| key.proto != 0).expect("a frontend");
     assert_eq!((key.port.get(), key.proto), (53, 17));
     assert_eq!((dns.internal.count, dns.external), (1, Set::default()));
     assert_eq!(dns.flags, maps::Frontend::EXTERNAL_DROP | maps::Frontend::MASQUERADE_ALWAYS);
@@ -169,6 +190,155 @@ fn what_is_written() {
     let state = bpffs.state();
     assert_eq!((state.front4.len(), state.front6.len(), state.slot4.len(), state.slot6.len()), (0, 0, 0, 0));
     assert!(state.names.is_empty(), "names are released");
+}
+
+#[test]
+fn source_ranges_come_and_go_with_their_service() {
+    let bpffs = Bpffs::new();
+    let (mut writer, _) = bpffs.writer();
+    let (vip, other) = (at("203.0.113.1:80", Protocol::Tcp), at("10.96.0.10:80", Protocol::Tcp));
+    let balancer = |ranges: &[&str], node| Frontend {
+        kind: FrontendKind::LoadBalancer,
+        sources: Some(Sources { ranges: ranges.iter().map(|r| r.parse().expect("a range")).collect(), node }),
+        ..frontend("web", endpoints(&["10.42.0.5:8080"]))
+    };
+    put(&mut writer, other, frontend("web", endpoints(&["10.42.0.5:8080"])));
+    put(&mut writer, vip, balancer(&["192.0.2.0/24", "198.51.100.7/32"], true));
+    let state = bpffs.state();
+    let key = FrontendKey::new(Ip4::from(std::net::Ipv4Addr::new(203, 0, 113, 1)), NetPort::new(80), 6);
+    let value = state.front4[&key];
+    assert_eq!(value.flags, maps::Frontend::SOURCE_RANGES);
+    let written = |ranges: &[&str]| ranges.iter().map(|r| (value.service, (*r).to_owned())).collect();
+    assert_eq!(state.sources, written(&["192.0.2.0/24", "198.51.100.7/32"]));
+    // Other ranges: a restart in between knows which have to go.
+    drop(writer);
+    let (mut writer, _) = bpffs.writer();
+    put(&mut writer, vip, balancer(&["192.0.2.0/24", "192.0.2.0/25"], false));
+    let state = bpffs.state();
+    let flags = maps::Frontend::SOURCE_RANGES | maps::Frontend::NODE_OUTSIDE_RANGES;
+    assert_eq!(state.front4[&key].flags, flags);
+    assert_eq!(state.sources, written(&["192.0.2.0/24", "192.0.2.0/25"]));
+    // None, and then no Service at all.
+    put(&mut writer, vip, Frontend { sources: None, ..balancer(&[], true) });
+    assert_eq!(bpffs.state().front4[&key].flags, 0);
+    delete(&mut writer, vip);
+    delete(&mut writer, other);
+    assert_eq!(bpffs.state().sources, BTreeSet::new());
+}
+
+#[test]
+fn a_cluster_ip_is_known_as_such_as_long_as_it_has_a_port() {
+    let bpffs = Bpffs::new();
+    let (mut writer, _) = bpffs.writer();
+    let ip = |last| Ip4::from(std::net::Ipv4Addr::new(10, 96, 0, last));
+    let known = |last| bpffs.state().front4.contains_key(&FrontendKey::address(ip(last)));
+    let ports = ["10.96.0.10:80", "10.96.0.10:81", "10.96.0.77:80"].map(|a| at(a, Protocol::Tcp));
+    let set = || endpoints(&["10.42.0.5:8080"]);
+    put(
+        &mut writer,
+        at("192.0.2.1:30080", Protocol::Tcp),
+        Frontend { kind: FrontendKind::NodePort, ..frontend("web", set()) },
+    );
+    assert!(
+        !bpffs
+            .state()
+            .front4
+            .contains_key(&FrontendKey::address(std::net::Ipv4Addr::new(192, 0, 2, 1).into()))
+    );
+    for port in ports {
+        put(&mut writer, port, frontend("web", set()));
+    }
+    let (range, _) = bpffs.state().ranges;
+    assert!(ip(10).is_in(&range) && ip(77).is_in(&range) && !ip(200).is_in(&range), "{range:?}");
+    delete(&mut writer, ports[0]);
+    put(&mut writer, ports[1], frontend("web", EndpointSet::Reject));
+    drop(writer);
+    let (mut writer, adopted) = bpffs.writer();
+    assert!(known(10) && known(77));
+    assert_eq!(adopted.len(), 3, "the addresses as such are no frontends");
+    delete(&mut writer, ports[1]);
+    assert!(!known(10) && known(77));
+    // Killed before it was removed.
+    drop(writer);
+    let mut tables = bpffs.tables();
+    let flags = maps::Frontend::ADDRESS | maps::Frontend::REJECT_OTHER_PORTS;
+    let left = maps::Frontend { flags, ..maps::Frontend::default() };
+    tables.v4.frontends.insert(FrontendKey::address(ip(99)), left, 0).expect("an entry");
+    let _ = bpffs.writer();
+    assert!(!known(99) && known(77));
+}
+
+#[test]
+fn an_endpoint_that_still_serves_keeps_its_flows() {
+    let bpffs = Bpffs::new();
+    let (mut writer, _) = bpffs.writer();
+    let dns = at("10.96.0.10:53", Protocol::Udp);
+    let epochs = || bpffs.state().epochs.iter().sum::<u32>();
+    let lingering = |set: &[&str], lingering: &[&str]| Frontend {
+        lingering: lingering.iter().map(|a| a.parse().expect("an address")).collect(),
+        ..frontend("dns", endpoints(set))
+    };
+    put(&mut writer, dns, lingering(&["10.42.0.5:53", "10.42.0.6:53"], &[]));
+    let slots = bpffs.state().slot4;
+    let six = *slots
+        .values()
+        .find(|slot| slot.addr == Ip4::from(std::net::Ipv4Addr::new(10, 42, 0, 6)))
+        .expect("it");
+    let value = *bpffs.state().front4.values().find(|f| f.internal.count > 0).expect("it");
+    put(&mut writer, dns, lingering(&["10.42.0.5:53"], &["10.42.0.6:53"]));
+    assert_eq!(epochs(), 0, "it terminates, but it still serves");
+    // A flow that goes there, and another agent.
+    let flow = maps::Flow {
+        backend: six.addr,
+        backend_port: six.port,
+        backend_id: six.backend_id,
+        backend_epoch: six.backend_epoch,
+        service: value.service,
+        ..maps::Flow::default()
+    };
+    bpffs.tables().v4.flows.insert(flow.key(maps::Side::Front), flow, 0).expect("a flow");
+    drop(writer);
+    let (mut writer, _) = bpffs.writer();
+    put(&mut writer, dns, lingering(&["10.42.0.5:53", "10.42.0.7:53"], &["10.42.0.6:53"]));
+    assert_eq!(epochs(), 0);
+    let seven = bpffs
+        .state()
+        .slot4
+        .values()
+        .find(|slot| slot.addr == Ip4::from(std::net::Ipv4Addr::new(10, 42, 0, 7)))
+        .copied();
+    assert_ne!(seven.expect("it").backend_id, six.backend_id, "its number is not another's");
+    put(&mut writer, dns, lingering(&["10.42.0.5:53", "10.42.0.7:53"], &[]));
+    assert_eq!((epochs(), bpffs.state().epochs[six.backend_id as usize]), (1, 1));
+    // It comes back while it lingers: nothing happens to its flows.
+    put(&mut writer, dns, lingering(&["10.42.0.7:53"], &["10.42.0.5:53"]));
+    put(&mut writer, dns, lingering(&["10.42.0.5:53", "10.42.0.7:53"], &[]));
+    assert_eq!(epochs(), 1);
+    // An agent that finds it gone ends its flows.
+    put(&mut writer, dns, lingering(&["10.42.0.7:53"], &["10.42.0.5:53"]));
+    let five = slots
+        .values()
+        .find(|slot| slot.addr == Ip4::from(std::net::Ipv4Addr::new(10, 42, 0, 5)))
+        .copied()
+        .expect("it");
+    let flow = maps::Flow {
+        backend: five.addr,
+        backend_id: five.backend_id,
+        backend_epoch: five.backend_epoch,
+        client_port: NetPort::new(9),
+        ..flow
+    };
+    bpffs.tables().v4.flows.insert(flow.key(maps::Side::Front), flow, 0).expect("a flow");
+    drop(writer);
+    let (mut writer, _) = bpffs.writer();
+    put(&mut writer, dns, lingering(&["10.42.0.7:53"], &[]));
+    assert_eq!(bpffs.state().epochs[five.backend_id as usize], five.backend_epoch + 1);
+    delete(&mut writer, dns);
+    drop(writer);
+    // Gone for good: a flow of an old epoch makes nobody believe that it is alive.
+    let before = epochs();
+    let _ = bpffs.writer();
+    assert_eq!(epochs(), before);
 }
 
 #[test]
@@ -192,7 +362,7 @@ fn a_frontend_never_points_to_a_missing_slot() {
     let looks = std::thread::scope(|scope| {
         // What a program does: the frontend, a slot, and if that is gone both once more.
         let reader = scope.spawn(|| {
-            let key = *bpffs.state().front4.keys().next().expect("the frontend");
+            let key = *bpffs.state().front4.keys().find(|key| key.proto != 0).expect("the frontend");
             let (mut looks, mut last) = (0u64, 0);
             while !done.load(Relaxed) {
                 let value = tables.v4.frontends.get(&key, 0).expect("it is always there");
@@ -227,7 +397,12 @@ fn a_frontend_never_points_to_a_missing_slot() {
     let changes = changes.into_inner();
     assert!(changes >= 100, "the reader saw {changes} changes and {looks} slots: too few to tell");
     let state = bpffs.state();
-    let set = state.front4.values().next().expect("the frontend").internal;
+    let set = state
+        .front4
+        .values()
+        .find(|f| f.flags & maps::Frontend::ADDRESS == 0)
+        .expect("the frontend")
+        .internal;
     assert!(state.slot4.keys().all(|k| k.set == set.id), "former sets are removed");
     assert_eq!(state.slot4.len(), set.count as usize);
 }
@@ -241,7 +416,14 @@ fn a_set_s_id_is_never_used_again() {
         let (mut writer, _) = bpffs.writer();
         for backend in ["10.42.0.5:1", "10.42.0.6:1", "10.42.0.5:1"] {
             put(&mut writer, web, frontend("web", endpoints(&[backend])));
-            let id = bpffs.state().front4.values().next().expect("the frontend").internal.id;
+            let id = bpffs
+                .state()
+                .front4
+                .values()
+                .find(|f| f.flags & maps::Frontend::ADDRESS == 0)
+                .expect("the frontend")
+                .internal
+                .id;
             let known = restart > 0 && backend == "10.42.0.5:1" && seen.last() == Some(&id);
             assert!(seen.insert(id) || known, "{id} once more for {backend} after {restart} restarts");
         }
@@ -314,7 +496,13 @@ fn sets_that_a_killed_agent_left_behind_are_removed() {
     put(&mut writer, web, frontend("web", endpoints(&["10.42.0.5:8080"])));
     drop(writer);
     let before = bpffs.state();
-    let used = before.front4.values().next().expect("the frontend").internal.id;
+    let used = before
+        .front4
+        .values()
+        .find(|f| f.flags & maps::Frontend::ADDRESS == 0)
+        .expect("the frontend")
+        .internal
+        .id;
     // Killed before the frontend was flipped; two UDP backends among them.
     let mut tables = bpffs.tables();
     for index in 0..3 {
@@ -327,7 +515,14 @@ fn sets_that_a_killed_agent_left_behind_are_removed() {
     // Flows may have been entered from them: an epoch is not met again.
     assert_eq!(after.epochs[..4], [0, 1, 1, 0]);
     put(&mut writer, web, frontend("web", endpoints(&["10.42.0.6:8080"])));
-    let id = bpffs.state().front4.values().next().expect("the frontend").internal.id;
+    let id = bpffs
+        .state()
+        .front4
+        .values()
+        .find(|f| f.flags & maps::Frontend::ADDRESS == 0)
+        .expect("the frontend")
+        .internal
+        .id;
     assert!(id > used + 5, "the id of a removed set is not used again");
 }
 
