@@ -165,7 +165,10 @@ impl Builder<'_> {
         let ranges = self.service.source_ranges.iter().filter(|range| range.addr().is_ipv4() == v4);
         let ranges: Arc<[IpNet]> = ranges.copied().collect();
         let admitted = |address: &IpAddr| ranges.iter().any(|range| range.contains(address));
-        let node = self.host.addresses.all.iter().any(admitted);
+        // What a process's packets to the outside have as their source.
+        let own = [&self.host.addresses.primary, &self.host.node.addresses];
+        let node = own.into_iter().find(|own| own.iter().any(|ip| ip.is_ipv4() == v4));
+        let node = node.is_some_and(|own| own.iter().any(admitted));
         (!ranges.is_empty()).then_some(Sources { ranges, node })
     }
 }

@@ -353,7 +353,7 @@ pub struct Range<A> {
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, Pod, Zeroable)]
 pub struct AffinityKey {
-    /// The client's address, mapped; unspecified for the node's own processes.
+    /// The client's address, mapped; the family's unspecified one for the node's own processes.
     pub client: Ip6,
     /// [`Frontend::service`].
     pub service: u32,

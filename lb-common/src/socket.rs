@@ -3,7 +3,7 @@
 //! No packet is rewritten. What the process may ask about its peer (`getpeername`, the source of a datagram) is
 //! translated back from a table of sockets.
 
-use crate::addr::{Ip6, NetPort};
+use crate::addr::NetPort;
 use crate::affinity::{find, remember, scale};
 use crate::datapath::Reason;
 use crate::maps::{
@@ -156,9 +156,9 @@ fn pick<'k, A: Addr, K: SocketTables<A>>(kernel: &'k K, frontend: &Frontend) -> 
     if frontend.affinity == 0 {
         return any(kernel, frontend.internal);
     }
-    // The node's processes are one client. What it used last is written down at most once a second: processes that
+    // The node's processes are one client in each family. What it used last is written down at most once a second: processes that
     // connect all the time would otherwise write it all the time.
-    let key = AffinityKey { client: Ip6::default(), service: frontend.service, pad: 0 };
+    let key = AffinityKey { client: A::default().mapped(), service: frontend.service, pad: 0 };
     let now = kernel.now();
     let known = kernel.affinity(&key);
     if let Some(known) = known

@@ -183,7 +183,7 @@ fn remove<A: Addr, K: Tables<A>>(kernel: &K, flow: &Flow<A>, side: Side) {
     }
     if matches!(side, Side::Forward) {
         key.variant = 1;
-        if kernel.flow(&key).is_some() {
+        if kernel.flow(&key).is_some_and(|other| !other.get().same_origin(flow)) {
             // A straight flow has the same tuple: it is found by way of this entry.
             entry.seen(kernel.now(), Flow::<A>::RST);
             return;

@@ -135,7 +135,7 @@ impl Round<'_> {
         if let Some(forward) = keys[0] {
             // A straight flow with the same tuple is found by way of this entry.
             let straight = FlowKey { variant: 1, ..forward };
-            if family.flows.get(&straight, 0).is_ok() {
+            if family.flows.get(&straight, 0).is_ok_and(|other| !other.same_origin(&main)) {
                 keys[0] = None;
             }
         }
