@@ -49,7 +49,8 @@ fn flow<A: Addr>(proto: u8, port: u16, flags: u8) -> Flow<A> {
     let (client_port, masq_port) = (NetPort::new(port), NetPort::new(10_000 + port));
     let (vip_port, backend_port) =
         (NetPort::new(53), NetPort::new(if flags & DNAT == 0 { 53 } else { 5353 }));
-    Flow { proto, client_port, masq_port, vip_port, backend_port, flags, ..Flow::default() }
+    let alias_port = client_port;
+    Flow { proto, client_port, alias_port, masq_port, vip_port, backend_port, flags, ..Flow::default() }
 }
 
 /// Enters what the programs would, with what they saw of both ends, so long ago.
@@ -220,4 +221,27 @@ fn a_look_sweeps_when_the_table_fills_up_and_rests_when_it_cannot_help() {
     std::thread::sleep(Duration::from_millis(50));
     site.sweeper.look().expect("look");
     assert_eq!(site.sweeper.rounds, idle + 2, "somebody was refused");
+}
+
+#[test]
+fn a_straight_flow_keeps_the_entry_that_it_is_found_by() {
+    let mut site = Site::new();
+    let service = flow::<Ip4>(6, 7, DNAT);
+    // Sent to the backend itself, with the same tuple.
+    let alias_port = NetPort::new(20_000);
+    let straight = Flow { vip: service.backend, vip_port: service.backend_port, alias_port, ..service };
+    put(site.v4(), &service, (SEEN, SEEN), 1_000_000);
+    put(site.v4(), &straight, (SEEN, SEEN), 0);
+    site.sweeper.sweep(NOW, None).expect("sweep");
+    let is_there = |site: &Site, flow: &Flow<Ip4>, side| {
+        site.sweeper.tables.v4.flows.get(&flow.key(side), 0).is_ok_and(|entry| entry.same_origin(flow))
+    };
+    assert!(is_there(&site, &service, Side::Forward));
+    assert!(!is_there(&site, &service, Side::Front) && !is_there(&site, &service, Side::Reply));
+    // Both are over.
+    put(site.v4(), &straight, (SEEN, SEEN), 1_000_000);
+    for _ in 0..2 {
+        site.sweeper.sweep(NOW, None).expect("sweep");
+    }
+    assert_eq!(site.left(), BTreeSet::new());
 }
