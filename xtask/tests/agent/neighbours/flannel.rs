@@ -9,6 +9,7 @@ use etherparse::{NetSlice, SlicedPacket, TransportSlice};
 use xtask::demo::Cluster;
 use xtask::lab::{Capture, Host};
 use xtask::probe::{Ask, Transport};
+use xtask::system::{ensure_debian_packages, find_program, output};
 
 use super::super::inspect;
 use super::super::support::{Traffic, cluster};
@@ -88,41 +89,57 @@ fn sources(capture: &Capture, server: SocketAddr) -> Result<BTreeSet<SocketAddr>
     Ok(sources)
 }
 
-/// What our flow table says the source of `client`'s packets becomes.
-fn ours(node: &Host, client: SocketAddr) -> Result<Option<String>> {
-    let flows = inspect::json(node, &["flows", &client.to_string()])?;
-    let flows = flows.as_array().context("a list of flows")?;
-    let source = |flow: &serde_json::Value| flow["translated"]["source"].as_str().map(String::from);
-    Ok(flows.iter().find_map(source).filter(|source| *source != client.to_string()))
+/// What our flow table makes of a source; nothing if it has no such flow, or leaves it as it is.
+fn by_us(node: &Host, source: SocketAddr) -> Result<Option<SocketAddr>> {
+    let flows = inspect::json(node, &["flows", &source.to_string()])?;
+    for flow in flows.as_array().context("a list of flows")? {
+        let end = |tuple: &str| flow[tuple]["source"].as_str().unwrap_or_default().parse::<SocketAddr>();
+        if end("original")? == source && end("translated")? != source {
+            return Ok(Some(end("translated")?));
+        }
+    }
+    Ok(None)
 }
 
-/// A pod's packets to the outside are translated once, whoever does it, and into what the server sees.
+/// What netfilter makes of a pod's source: where the replies that it expects go to.
+fn by_netfilter(node: &Host, protocol: &str, source: SocketAddr) -> Result<SocketAddr> {
+    ensure_debian_packages(&[("conntrack", "conntrack")])?;
+    let family = if source.is_ipv4() { "ipv4" } else { "ipv6" };
+    let (ip, port) = (source.ip().to_string(), source.port().to_string());
+    let mut command = node.command(find_program("conntrack").context("no conntrack")?);
+    command.args(["-L", "-f", family, "-p", protocol, "--orig-src", &ip, "--orig-port-src", &port]);
+    let text = output(&mut command)?;
+    let last = |key: &str| text.split_whitespace().rev().find_map(|word| word.strip_prefix(key));
+    let tracked =
+        last("dst=").zip(last("dport=")).with_context(|| format!("{source} is not tracked: {text}"))?;
+    Ok(SocketAddr::new(tracked.0.parse()?, tracked.1.parse()?))
+}
+
+/// A pod's packets to the outside are translated once, by the one or the other, and into what the server sees.
 fn one_translation(cluster: &Cluster, ask: &Ask, by_flannel: bool) -> Result<()> {
     let lab = cluster.lab();
     let (pod, node) = (lab.pod(0, 2), lab.node(0));
-    let (inside, outside) = (node.capture("cni0")?, node.capture("eth0")?);
-    let mut answers = pod.ask(&ask.clone().count(5))?;
-    let what = format!("{:?} {}: {answers:?}", ask.transport, ask.to);
-    let mut seen = BTreeSet::new();
-    let mut own = BTreeSet::new();
-    for answer in answers.drain(..) {
-        let reply = answer.0.map_err(|e| anyhow::anyhow!("{what}: {e}"))?;
-        seen.insert(reply.peer.context("no source")?);
-        own.insert(reply.own);
-    }
-    ensure!(seen.len() == 5 && own.len() == 5, "{what}");
-    ensure!(seen.iter().all(|source| node.ips().contains(&source.ip())), "{what}");
-    let left = sources(&outside, ask.to)?;
-    ensure!(left == seen, "{what}: {left:?} left by eth0");
-    let came: BTreeSet<_> = inside.packets()?.into_iter().filter(|packet| !packet.out).collect();
-    ensure!(!came.is_empty(), "{what}: nothing came from the pod");
-    for client in own {
-        let ours = ours(node, client)?;
-        ensure!(ours.is_none() == by_flannel, "{what}: we make {client} {ours:?}");
-        if let Some(source) = ours {
-            ensure!(seen.contains(&source.parse()?), "{what}: {source} was translated again");
+    let (outside, mut all) = (node.capture("eth0")?, BTreeSet::new());
+    let protocol = if ask.transport == Transport::Tcp { "tcp" } else { "udp" };
+    for answer in pod.ask(&ask.clone().count(5))? {
+        let reply = answer.0.map_err(|e| anyhow::anyhow!("{protocol} {}: {e}", ask.to))?;
+        let (own, seen) = (reply.own, reply.peer.context("no source")?);
+        let tracked = by_netfilter(node, protocol, own)?;
+        // Ours comes last, and would begin with what netfilter has made of it.
+        let ours = by_us(node, tracked)?;
+        let what = format!(
+            "{protocol} {own} → {}: netfilter makes it {tracked}, we {ours:?}, the server sees {seen}",
+            ask.to
+        );
+        ensure!(node.ips().contains(&seen.ip()), "{what}");
+        match by_flannel {
+            true => ensure!(tracked == seen && ours.is_none(), "{what}"),
+            false => ensure!(tracked == own && ours == Some(seen), "{what}"),
         }
+        all.insert(seen);
     }
+    let left = sources(&outside, ask.to)?;
+    ensure!(left == all && all.len() == 5, "{left:?} left by eth0, the server saw {all:?}");
     Ok(())
 }
 
