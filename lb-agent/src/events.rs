@@ -83,7 +83,7 @@ impl Events {
 
     /// A part of a Service is not served.
     pub fn unserved(&self, service: &ObjectName, warning: &Warning) {
-        self.warning(service, reason(warning), "Serve", warning.to_string());
+        self.warning(service, warning.reason(), "Serve", warning.to_string());
     }
 
     /// What became of them, for the metrics.
@@ -102,17 +102,6 @@ impl Events {
         if let Some(shared) = &self.0 {
             shared.push(event);
         }
-    }
-}
-
-/// The reason by which people and alerts find such events; kube-proxy's where it has one.
-pub fn reason(warning: &Warning) -> &'static str {
-    match warning {
-        Warning::Protocol { .. } => "UnsupportedProtocol",
-        Warning::Family { .. } => "KubeProxyIncorrectIPVersion",
-        Warning::Address { .. } | Warning::Cidr { .. } | Warning::PortNumber { .. } => "InvalidValue",
-        Warning::Taken { .. } => "AddressTaken",
-        _ => "NotServed",
     }
 }
 
@@ -201,6 +190,6 @@ mod tests {
             address: "2001:db8::1".parse().unwrap(),
             reason: "the Service has no clusterIP of that family",
         };
-        assert_eq!(reason(&wrong), "KubeProxyIncorrectIPVersion");
+        assert_eq!(wrong.reason(), "KubeProxyIncorrectIPVersion");
     }
 }

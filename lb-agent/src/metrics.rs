@@ -3,6 +3,8 @@
 
 use crate::desired::Totals;
 use crate::health::{Handler, Health, Reply};
+use crate::store::Warning;
+use std::collections::HashMap;
 use std::fmt::Write as _;
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 use std::sync::{Arc, Mutex, PoisonError};
@@ -11,7 +13,7 @@ use std::time::{Duration, SystemTime};
 /// One measured value.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Sample {
-    /// The metric's name. Samples of one name have to follow each other.
+    /// The metric's name. Samples of one name have one help and kind.
     pub name: &'static str,
     /// One line on what it means.
     pub help: &'static str,
@@ -36,6 +38,12 @@ impl Sample {
     /// A value without labels.
     pub fn new(name: &'static str, help: &'static str, kind: Kind, value: f64) -> Self {
         Self { name, help, kind, labels: Vec::new(), value }
+    }
+
+    /// So much of Services that is not served, for that reason: the one that Kubernetes Events have.
+    pub fn unserved(reason: &'static str, count: usize) -> Self {
+        let help = "Parts of Services that cannot be served, by reason";
+        Self::new("lb_unserved", help, Kind::Gauge, count as f64).with("reason", reason)
     }
 
     /// With one more label.
@@ -134,6 +142,13 @@ impl Metrics {
         for collector in self.0.collectors.lock().unwrap_or_else(PoisonError::into_inner).iter() {
             samples.extend(collector());
         }
+        // Samples of one name have to follow each other, wherever they are from.
+        let mut places = HashMap::new();
+        for sample in &samples {
+            let next = places.len();
+            places.entry(sample.name).or_insert(next);
+        }
+        samples.sort_by_key(|sample| places[sample.name]);
         let mut last = "";
         for sample in &samples {
             if sample.name != last {
@@ -220,18 +235,14 @@ impl Metrics {
             Sample::new("lb_services", "Services that are served", Gauge, totals.services as f64),
             Sample::new("lb_frontends", "Addresses that are served", Gauge, totals.frontends as f64),
             Sample::new(
-                "lb_unserved",
-                "Parts of Services that cannot be served",
-                Gauge,
-                totals.warnings as f64,
-            ),
-            Sample::new(
                 "lb_sync_failures_total",
                 "Failed attempts to write",
                 Counter,
                 count(&self.0.failures),
             ),
         ]);
+        samples
+            .extend(Warning::REASONS.into_iter().zip(totals.unserved).map(|(r, n)| Sample::unserved(r, n)));
         samples
     }
 
@@ -297,10 +308,12 @@ mod tests {
                 Sample::new("lb_drops_total", "Packets", Kind::Counter, 0.0)
                     .with("reason", "b")
                     .with("family", "4"),
+                Sample::unserved("Late", 2),
             ]
         }));
         metrics.queued(2, 1);
-        let totals = Totals { services: 7, without_local_external: 1, ..Totals::default() };
+        let unserved = [1, 0, 0, 3, 0];
+        let totals = Totals { services: 7, without_local_external: 1, unserved, ..Totals::default() };
         metrics.synced(Duration::from_millis(3), totals, &[SystemTime::now() - Duration::from_secs(2)]);
         let text = metrics.render(&Health::default());
         for line in [
@@ -315,11 +328,15 @@ mod tests {
             "kubeproxy_sync_proxy_rules_no_local_endpoints_total{traffic_policy=\"external\"} 1",
             "kubeproxy_proxy_healthz_total{code=\"503\"} 0",
             "lb_services 7",
+            "lb_unserved{reason=\"UnsupportedProtocol\"} 1",
+            "lb_unserved{reason=\"AddressTaken\"} 3",
             "lb_drops_total{reason=\"no \\\"flow\\\"\"} 3",
             "lb_drops_total{reason=\"b\",family=\"4\"} 0",
         ] {
             assert!(text.lines().any(|other| other == line), "{line} is not in\n{text}");
         }
         assert_eq!(text.matches("# TYPE lb_drops_total counter").count(), 1);
+        let together = "lb_unserved{reason=\"NotServed\"} 0\nlb_unserved{reason=\"Late\"} 2\n";
+        assert!(text.contains(together), "samples of one name stay together:\n{text}");
     }
 }

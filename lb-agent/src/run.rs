@@ -151,6 +151,8 @@ fn report(args: &RunArgs, node_name: &str, reports: Reports) {
     events.starting();
     let counted = events.clone();
     metrics.collect(Box::new(move || counted.samples()));
+    let counted = checks.clone();
+    metrics.collect(Box::new(move || counted.samples()));
     tokio::spawn(checks.run(node_name.into(), health, events));
 }
 

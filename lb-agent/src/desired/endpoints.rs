@@ -138,8 +138,11 @@ impl Topology {
 
 /// The number that a health check answers: ready endpoints on this node, whatever their ports. Terminating ones do
 /// not count although they may still get traffic, so that load balancers move on.
+///
+/// A pod of both families is one: kube-proxy counts each family by itself, and serves one of the numbers.
 pub(super) fn local_ready<'a>(service: &Service, slices: impl Iterator<Item = &'a Slice>) -> usize {
     let ready = slices.flat_map(|slice| &slice.endpoints).filter(|endpoint| endpoint.local && endpoint.ready);
     let served = ready.map(|endpoint| endpoint.ip).filter(|ip| service.serves_family_of(ip));
-    served.collect::<BTreeSet<IpAddr>>().len()
+    let (v4, v6): (BTreeSet<IpAddr>, BTreeSet<IpAddr>) = served.partition(IpAddr::is_ipv4);
+    v4.len().max(v6.len())
 }

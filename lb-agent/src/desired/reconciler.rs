@@ -5,7 +5,7 @@ use crate::model::{EndpointSet, Frontend, FrontendAddr, FrontendKind};
 use crate::store::{ObjectName, Store, Warning};
 use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
 use std::net::IpAddr;
-use std::sync::Arc;
+use std::sync::{Arc, LazyLock};
 
 /// What has to be written. Both lists are sorted by address.
 #[derive(Clone, Debug, Default, PartialEq)]
@@ -38,8 +38,9 @@ pub struct Totals {
     pub without_local_internal: usize,
     /// Service ports with `externalTrafficPolicy: Local` and endpoints elsewhere only.
     pub without_local_external: usize,
-    /// Things that are not served, see [`Warning`].
-    pub warnings: usize,
+    /// Things that are not served, addresses that another Service has included: by reason, in the order of
+    /// [`Warning::REASONS`].
+    pub unserved: [usize; Warning::REASONS.len()],
 }
 
 /// A Service that wants an address. The first in order gets it: ClusterIPs before the rest (nobody may take over
@@ -57,7 +58,6 @@ struct Claim {
 struct Kept {
     created: i64,
     frontends: Box<[(FrontendAddr, Arc<Frontend>)]>,
-    health_check: Option<(u16, u32)>,
     warnings: Box<[Warning]>,
     without_local: (u32, u32),
 }
@@ -68,6 +68,8 @@ pub struct Reconciler {
     config: Config,
     node_addresses: Vec<IpAddr>,
     services: HashMap<ObjectName, Kept>,
+    /// The few that have a `healthCheckNodePort`, and the number of ready endpoints on this node.
+    health_checks: BTreeMap<ObjectName, (u16, usize)>,
     claims: BTreeSet<Claim>,
     written: BTreeMap<FrontendAddr, Arc<Frontend>>,
     /// Where desired and written may differ.
@@ -88,6 +90,7 @@ impl Reconciler {
             config,
             node_addresses: Vec::new(),
             services: HashMap::new(),
+            health_checks: BTreeMap::new(),
             claims: BTreeSet::new(),
             written: BTreeMap::new(),
             pending: adopted.iter().copied().collect(),
@@ -121,26 +124,33 @@ impl Reconciler {
 
     fn update_service(&mut self, store: &Store, name: ObjectName, news: &mut Vec<(ObjectName, Warning)>) {
         let old = self.services.remove(&name).unwrap_or_default();
+        let lost: HashSet<_> = self.lost(&old).map(|(address, loser, _)| (address, loser)).collect();
         self.count(&old, false);
         for (address, frontend) in &old.frontends {
             self.claims.remove(&claim(*address, frontend, old.created, &name));
+            let others = self.is_claimed(*address);
+            self.totals.unserved[Warning::TAKEN] -= usize::from(others);
             self.pending.insert(*address);
         }
+        self.health_checks.remove(&name);
         let Some(found) = store.service(&name) else { return };
         let slices = store.slices(&name).collect::<Vec<_>>();
         let host =
             Host { node: store.node(), node_ports: &self.node_addresses, addresses: store.addresses() };
         let desired = service(&name, found, slices.iter().copied(), &host, &self.config);
+        self.health_checks.extend(desired.health_check.map(|check| (name.clone(), check)));
         let new = Kept::new(found.created, desired);
         for (address, frontend) in &new.frontends {
+            let others = self.is_claimed(*address);
+            self.totals.unserved[Warning::TAKEN] += usize::from(others);
             self.claims.insert(claim(*address, frontend, new.created, &name));
             self.pending.insert(*address);
         }
         let fresh = new.warnings.iter().filter(|warning| !old.warnings.contains(warning));
         news.extend(fresh.map(|warning| (name.clone(), warning.clone())));
-        let newly_claimed = |address: &FrontendAddr| !old.frontends.iter().any(|(other, _)| other == address);
-        let lost = self.lost(&new).filter(|(address, ..)| newly_claimed(address));
-        news.extend(lost.map(|(_, loser, warning)| (loser, warning)));
+        let newly_lost =
+            self.lost(&new).filter(|(address, loser, _)| !lost.contains(&(*address, loser.clone())));
+        news.extend(newly_lost.map(|(_, loser, warning)| (loser, warning)));
         self.count(&new, true);
         self.services.insert(name, new);
     }
@@ -158,9 +168,13 @@ impl Reconciler {
     }
 
     fn claims_on(&self, address: FrontendAddr) -> impl Iterator<Item = &Claim> {
-        let first =
-            Claim { address, not_cluster_ip: false, created: i64::MIN, name: ObjectName::new("", "") };
+        static LEAST: LazyLock<ObjectName> = LazyLock::new(|| ObjectName::new("", ""));
+        let first = Claim { address, not_cluster_ip: false, created: i64::MIN, name: LEAST.clone() };
         self.claims.range(first..).take_while(move |claim| claim.address == address)
+    }
+
+    fn is_claimed(&self, address: FrontendAddr) -> bool {
+        self.claims_on(address).next().is_some()
     }
 
     fn wanted(&self, address: FrontendAddr) -> Option<&Arc<Frontend>> {
@@ -228,9 +242,7 @@ impl Reconciler {
 
     /// The health check servers that should run: Service, port, ready endpoints on this node.
     pub fn health_checks(&self) -> impl Iterator<Item = (&ObjectName, u16, usize)> {
-        self.services
-            .iter()
-            .filter_map(|(name, kept)| kept.health_check.map(|(port, local)| (name, port, local as usize)))
+        self.health_checks.iter().map(|(name, (port, ready))| (name, *port, *ready))
     }
 
     fn count(&mut self, kept: &Kept, add: bool) {
@@ -238,7 +250,9 @@ impl Reconciler {
             *total = if add { *total + by } else { *total - by };
         };
         change(&mut self.totals.services, usize::from(!kept.frontends.is_empty()));
-        change(&mut self.totals.warnings, kept.warnings.len());
+        for warning in &kept.warnings {
+            change(&mut self.totals.unserved[warning.reason_index()], 1);
+        }
         change(&mut self.totals.without_local_internal, kept.without_local.0 as usize);
         change(&mut self.totals.without_local_external, kept.without_local.1 as usize);
     }
@@ -266,7 +280,6 @@ impl Kept {
         Self {
             created,
             without_local,
-            health_check: desired.health_check.map(|(port, local)| (port, local as u32)),
             warnings: desired.warnings.into(),
             frontends: desired.frontends.into_iter().collect(),
         }

@@ -6,6 +6,7 @@ use super::server::accept;
 use super::{Handler, Health, Reply};
 use crate::desired::{NodePortAddresses, node_port_addresses};
 use crate::events::Events;
+use crate::metrics::Sample;
 use crate::store::{LocalAddresses, Node, ObjectName};
 use hyper::StatusCode;
 use hyper::header::HeaderValue;
@@ -15,6 +16,7 @@ use std::io;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::ops::RangeInclusive;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering::Relaxed};
 use std::time::Duration;
 use tokio::net::{TcpListener, TcpSocket};
 use tokio::sync::watch;
@@ -28,9 +30,16 @@ const WEIGHT: &str = "X-Load-Balancing-Endpoint-Weight";
 const RETRY: RangeInclusive<Duration> = Duration::from_millis(100)..=Duration::from_secs(2);
 const BACKLOG: u32 = 128;
 
+/// kube-proxy's reason of the Event that says that a port cannot be had.
+const UNAVAILABLE: &str = "FailedToStartServiceHealthcheck";
+
 /// The health checks of Services; clones share them.
 #[derive(Clone, Debug, Default)]
-pub struct ServiceChecks(Arc<watch::Sender<Wanted>>);
+pub struct ServiceChecks {
+    wanted: Arc<watch::Sender<Wanted>>,
+    /// How many ports cannot be had at the moment.
+    unavailable: Arc<AtomicUsize>,
+}
 
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 struct Wanted {
@@ -55,7 +64,7 @@ impl ServiceChecks {
     ) {
         let checks = checks.map(|(service, port, endpoints)| (service.clone(), Check { port, endpoints }));
         let new = Wanted { addresses, checks: checks.collect() };
-        self.0.send_if_modified(|old| {
+        self.wanted.send_if_modified(|old| {
             let changed = *old != new;
             *old = new;
             changed
@@ -64,7 +73,7 @@ impl ServiceChecks {
 
     /// Serves them for ever. A port that cannot be had is told once and then waited for.
     pub async fn run(self, node: String, health: Health, events: Events) {
-        let mut wanted = self.0.subscribe();
+        let mut wanted = self.wanted.subscribe();
         let mut servers = Servers {
             checks: self,
             node,
@@ -84,9 +93,14 @@ impl ServiceChecks {
         }
     }
 
+    /// Ports that cannot be had, for the metrics.
+    pub fn samples(&self) -> Vec<Sample> {
+        vec![Sample::unserved(UNAVAILABLE, self.unavailable.load(Relaxed))]
+    }
+
     /// Any path gets the same answer.
     fn handler(&self, service: ObjectName, health: Health) -> Handler {
-        let wanted = self.0.clone();
+        let wanted = self.wanted.clone();
         Arc::new(move |_| {
             let endpoints = wanted.borrow().checks.get(&service).map_or(0, |check| check.endpoints);
             Some(reply(&service, endpoints, health.is_live()))
@@ -229,9 +243,10 @@ impl Servers {
                     "node {} failed to start healthcheck \"{service}\" on port {port}: {error}",
                     self.node
                 );
-                self.events.warning(service, "FailedToStartServiceHealthcheck", "Listen", note);
+                self.events.warning(service, UNAVAILABLE, "Listen", note);
             }
         }
+        self.checks.unavailable.store(unavailable.len(), Relaxed);
     }
 }
 

@@ -3,12 +3,14 @@
 use super::pins::Pins;
 use crate::cli::{RunArgs, SocketLb};
 use anyhow::{Context as _, Result, anyhow, bail};
+use aya::maps::MapInfo;
 use aya::programs::{ProgramType, SchedClassifier, tc::TcAttachType};
 use aya::sys::{BpfHelper, is_helper_supported, is_program_supported};
 use aya::util::nr_cpus;
 use aya::{Ebpf, EbpfLoader};
 use lb_common::maps::{Held, flags};
 use std::os::fd::AsRawFd as _;
+use tracing::warn;
 
 /// The compiled programs.
 pub(crate) static OBJECT: &[u8] = aya::include_bytes_aligned!(concat!(env!("OUT_DIR"), "/lb-ebpf.o"));
@@ -39,6 +41,7 @@ pub(crate) const MAPS: [&str; 23] = [
     "LB_SOCKET",
     "LB_NETNS",
 ];
+const FLOW_TABLES: [&str; 2] = ["LB_FLOW4", "LB_FLOW6"];
 /// Entries of a flow: see `lb_common::maps::Side`.
 const ENTRIES_PER_FLOW: u32 = 4;
 
@@ -117,14 +120,17 @@ pub fn load(pins: &Pins, args: &RunArgs, features: Features) -> Result<Ebpf> {
         .override_global("MASQ_FIRST", &first, true)
         .override_global("MASQ_LAST", &last, true)
         .override_global("NETNS_COOKIE", &cookie, true);
-    for flows in ["LB_FLOW4", "LB_FLOW6"] {
-        loader.map_max_entries(flows, args.flow_table_max.saturating_mul(ENTRIES_PER_FLOW));
+    for map in FLOW_TABLES {
+        loader.map_max_entries(map, entries(args.flow_table_max));
     }
     loader.map_max_entries("LB_HELD", held_places()?);
     for map in MAPS {
         loader.map_pin_path(map, pins.map(map));
     }
     let mut ebpf = loader.load(OBJECT).context("load the BPF maps and programs")?;
+    if let Some(warning) = kept_size(pins, args.flow_table_max)? {
+        warn!("{warning}");
+    }
     for name in ["ingress", "egress"] {
         let program: &mut SchedClassifier = ebpf
             .program_mut(name)
@@ -142,6 +148,35 @@ pub fn load(pins: &Pins, args: &RunArgs, features: Features) -> Result<Ebpf> {
 pub fn held_places() -> Result<u32> {
     let cpus = nr_cpus().map_err(|(what, error)| anyhow!("{what}: {error}"))?;
     Ok(u32::try_from(cpus)?.saturating_mul(Held::PER_CPU))
+}
+
+/// What to say if the pinned flow tables, which keep the size that they were made with, have another one than asked for.
+fn kept_size(pins: &Pins, flows: u32) -> Result<Option<String>> {
+    let asked = entries(flows);
+    let (mut kept, mut files) = (asked, Vec::new());
+    for map in FLOW_TABLES {
+        let pin = pins.map(map);
+        let info =
+            MapInfo::from_pin(&pin).with_context(|| format!("ask for the size of {}", pin.display()))?;
+        if info.max_entries() != asked {
+            kept = info.max_entries();
+            files.push(pin.display().to_string());
+        }
+    }
+    Ok((!files.is_empty()).then(|| {
+        format!(
+            "--flow-table-max={flows} has no effect yet: the flow tables of a former run, which hold the open \
+             connections, have room for {} flows ({kept} entries) each. To change it, drain the node (connections \
+             through Services and masqueraded ones are cut), stop the agent, rm {}, and start it again",
+            kept / ENTRIES_PER_FLOW,
+            files.join(" ")
+        )
+    }))
+}
+
+/// Entries of each family's flow table.
+const fn entries(flows: u32) -> u32 {
+    flows.saturating_mul(ENTRIES_PER_FLOW)
 }
 
 /// The same for the life of the node: choices by hash can be made again, by a later agent too.
@@ -167,4 +202,20 @@ pub fn netns_cookie() -> u64 {
         )
     };
     if result == 0 { cookie } else { 0 }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::kernel::testing::Bpffs;
+
+    #[test]
+    fn a_flow_table_that_keeps_its_size_is_told_of() {
+        let bpffs = Bpffs::new(4096);
+        assert_eq!(kept_size(&bpffs.pins, 1024).expect("sizes"), None);
+        let warning = kept_size(&bpffs.pins, 2048).expect("sizes").expect("another size");
+        for words in ["--flow-table-max=2048", "1024 flows (4096 entries)", "LB_FLOW4", "LB_FLOW6"] {
+            assert!(warning.contains(words), "{words} is not in: {warning}");
+        }
+    }
 }

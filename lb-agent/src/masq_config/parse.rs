@@ -41,9 +41,11 @@ impl Default for MasqConfig {
 }
 
 impl MasqConfig {
-    /// What holds without `--ip-masq-agent-config`: only link-local addresses, and what flags add.
+    /// What holds without `--ip-masq-agent-config`, besides what flags add: flannel's rule. It masquerades to
+    /// 169.254.0.0/16 as to any other place: a pod reaches a cloud's metadata server by way of its node. (Nothing is
+    /// ever routed to `fe80::/10`.)
     pub fn without_file() -> Self {
-        Self { non_masquerade: Vec::new(), ..Self::default() }
+        Self { non_masquerade: Vec::new(), masq_link_local: true, ..Self::default() }
     }
 
     /// All that is not masqueraded to.

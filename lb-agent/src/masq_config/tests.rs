@@ -1,4 +1,5 @@
 use super::*;
+use std::collections::BTreeSet;
 use std::fs;
 use std::os::unix::fs::symlink;
 use tokio::sync::mpsc;
@@ -59,10 +60,10 @@ fn link_local_ranges_are_exempt_unless_asked_for_and_flags_add_to_them() {
         assert_eq!(MasqConfig::parse(text.as_bytes()).unwrap().ranges(&[]), nets(expected), "{text}");
     }
     let flags = nets(&["100.64.0.0/10"]);
-    assert_eq!(
-        MasqConfig::without_file().ranges(&flags),
-        nets(&["100.64.0.0/10", "169.254.0.0/16", "fe80::/10"])
-    );
+    assert_eq!(MasqConfig::without_file().ranges(&flags), nets(&["100.64.0.0/10", "fe80::/10"]));
+    // A file that is named and absent is another matter.
+    let absent = [RFC1918, &["169.254.0.0/16", "fe80::/10"]].concat();
+    assert_eq!(BTreeSet::from_iter(MasqConfig::default().ranges(&[])), BTreeSet::from_iter(nets(&absent)));
 }
 
 #[test]

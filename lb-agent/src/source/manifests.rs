@@ -17,6 +17,7 @@ use std::io;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, SystemTime};
+use tokio::time::{Instant, sleep_until};
 use tracing::{debug, warn};
 
 /// A file that was just emptied is probably being written.
@@ -70,9 +71,11 @@ pub async fn run(dir: &Path, node_name: &str, events: Sender) -> Result<(), Erro
             return Ok(());
         }
         scan = loop {
+            let settled = manifests.settled();
             tokio::select! {
                 () = events.closed() => return Ok(()),
                 () = watch.changed() => {}
+                () = sleep_until(settled.unwrap_or_else(Instant::now)), if settled.is_some() => {}
             }
             match manifests.scan(&watch.take_finished(), &watch.unfinished()) {
                 Ok(scan) => break scan,
@@ -106,6 +109,8 @@ struct File {
     stamp: Option<Stamp>,
     objects: BTreeMap<Key, Change>,
     broken: bool,
+    /// It is empty, and would take something away. No event says that it stays so.
+    settled: Option<Instant>,
 }
 
 /// Changes whenever the contents may have.
@@ -137,6 +142,11 @@ impl Manifests {
     /// Whether some of the directory cannot be read.
     pub fn has_broken_files(&self) -> bool {
         self.files.values().any(|file| file.broken)
+    }
+
+    /// When to look again at files that were just emptied, if there are any.
+    fn settled(&self) -> Option<Instant> {
+        self.files.values().filter_map(|file| file.settled).min()
     }
 
     /// Reads what changed: files with a new stamp and the `finished` ones. `unfinished` ones are being written.
@@ -192,6 +202,7 @@ impl Manifests {
 
 impl File {
     fn read(&mut self, path: &Path, node_name: &str, problems: &mut Vec<Problem>) {
+        self.settled = None;
         let read = std::fs::metadata(path).and_then(|meta| {
             if !meta.is_file() || self.stamp == Some(Stamp::from(&meta)) {
                 return Ok(None);
@@ -211,8 +222,12 @@ impl File {
             }
         };
         let modified = meta.modified().unwrap_or(SystemTime::UNIX_EPOCH);
-        let settling = modified.elapsed().is_ok_and(|age| age < SETTLING);
-        if !self.objects.is_empty() && settling && text.trim_ascii().is_empty() {
+        let settling = modified.elapsed().ok().and_then(|age| SETTLING.checked_sub(age));
+        if let Some(settling) = settling
+            && !self.objects.is_empty()
+            && text.trim_ascii().is_empty()
+        {
+            self.settled = Some(Instant::now() + settling);
             return;
         }
         self.stamp = Some(Stamp::from(&meta));

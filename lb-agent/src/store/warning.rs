@@ -74,3 +74,28 @@ pub enum Warning {
         owner: ObjectName,
     },
 }
+
+impl Warning {
+    /// All of [`Self::reason`]'s.
+    pub const REASONS: [&str; 5] =
+        ["UnsupportedProtocol", "KubeProxyIncorrectIPVersion", "InvalidValue", "AddressTaken", "NotServed"];
+
+    /// The word by which people and alerts find it, in Events and metrics; kube-proxy's where it has one.
+    pub const fn reason(&self) -> &'static str {
+        Self::REASONS[self.reason_index()]
+    }
+
+    /// Its reason's place in [`Self::REASONS`].
+    pub(crate) const fn reason_index(&self) -> usize {
+        match self {
+            Self::Protocol { .. } => 0,
+            Self::Family { .. } => 1,
+            Self::Address { .. } | Self::Cidr { .. } | Self::PortNumber { .. } => 2,
+            Self::Taken { .. } => Self::TAKEN,
+            Self::NoClusterIp | Self::AddressType { .. } | Self::ExternalIps => 4,
+        }
+    }
+
+    /// [`Self::reason_index`] of [`Self::Taken`].
+    pub(crate) const TAKEN: usize = 3;
+}

@@ -188,7 +188,9 @@ fn health_checks_count_ready_local_endpoints_once() {
         ports.clone(),
         endpoints("10.0.0.1 @, 10.0.0.2 @ ~, 10.0.0.3, 10.0.0.4 @ !"),
     ));
-    world.apply(a_slice("web-2", "web", ports, endpoints("10.0.0.1 @, 10.0.0.5 @")));
+    world.apply(a_slice("web-2", "web", ports.clone(), endpoints("10.0.0.1 @, 10.0.0.5 @")));
+    // The same pods, one of which is not ready in this family.
+    world.apply(a_slice("web-3", "web", ports, endpoints("fd00::1 @, fd00::5 @ !")));
     for (policy, kind, expected) in [
         ("Local", "LoadBalancer", Some((32000, 2))),
         ("Cluster", "LoadBalancer", None),
@@ -197,6 +199,15 @@ fn health_checks_count_ready_local_endpoints_once() {
         world.service("web", spec(policy, kind));
         assert_eq!(world.health_check("web"), expected, "{policy} {kind}");
     }
+    // The family with more of them counts, whichever it is.
+    let more = endpoints("fd00::1 @, fd00::5 @, fd00::6 @, fd00::7");
+    world.apply(a_slice("web-3", "web", json!([{"name": "a", "port": 1}]), more));
+    world.service("web", spec("Local", "LoadBalancer"));
+    assert_eq!(world.health_check("web"), Some((32000, 3)));
+    let mut single = spec("Local", "LoadBalancer");
+    single["clusterIPs"] = json!(["10.96.0.1"]);
+    world.service("web", single);
+    assert_eq!(world.health_check("web"), Some((32000, 2)), "a family that the Service does not have");
 }
 
 #[test]

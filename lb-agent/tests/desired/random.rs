@@ -3,7 +3,7 @@
 use crate::support::{World, a_service, a_slice, endpoints, name};
 use lb_agent::desired::Reconciler;
 use lb_agent::model::{Frontend, FrontendAddr};
-use lb_agent::store::{Change, LocalAddresses, Node};
+use lb_agent::store::{Change, LocalAddresses, Node, Warning};
 use proptest::prelude::*;
 use proptest::sample::{select, subsequence};
 use serde_json::json;
@@ -138,9 +138,18 @@ proptest! {
             prop_assert_eq!(&kernel, reconciler.written());
             prop_assert!(reconciler.diff().is_empty(), "a second difference");
         }
-        // Every address is somebody's, and no claim that lost goes without a warning.
+        // Every address is somebody's, and no claim that lost goes without a warning or uncounted.
+        let mut unserved = [0; Warning::REASONS.len()];
         for (name, warning) in reconciler.warnings() {
-            prop_assert!(warnings.contains(&(name.clone(), warning.clone())) || warning.to_string().contains("older"));
+            let told = warnings.iter().any(|(other, told)| *other == name && match (told, &warning) {
+                // The owner may have been another one then.
+                (Warning::Taken { frontend: a, .. }, Warning::Taken { frontend: b, .. }) => a == b,
+                (told, warning) => told == warning,
+            });
+            prop_assert!(told, "{name}: {warning}");
+            let place = Warning::REASONS.iter().position(|reason| *reason == warning.reason());
+            unserved[place.expect("a known reason")] += 1;
         }
+        prop_assert_eq!(reconciler.totals().unserved, unserved);
     }
 }

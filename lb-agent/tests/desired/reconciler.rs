@@ -221,7 +221,7 @@ fn totals_count_what_is_there() {
     bench.world.service("web", spec.clone()).endpoints("web", "10.0.0.1");
     bench.write();
     let totals = bench.reconciler.totals();
-    assert_eq!((totals.services, totals.frontends, totals.warnings), (1, 2, 1));
+    assert_eq!((totals.services, totals.frontends, totals.unserved), (1, 2, [1, 0, 0, 0, 0]));
     assert_eq!((totals.without_local_internal, totals.without_local_external), (1, 1));
     spec["internalTrafficPolicy"] = "Cluster".into();
     bench.world.apply(a_service("web", spec));
@@ -231,4 +231,45 @@ fn totals_count_what_is_there() {
     bench.world.apply(Change::Service(name("web"), None));
     bench.write();
     assert_eq!(bench.reconciler.totals(), lb_agent::desired::Totals::default());
+}
+
+#[test]
+fn health_checks_come_and_go_with_what_asks_for_them() {
+    let mut bench = Bench::new();
+    let spec = |policy: &str| {
+        json!({
+            "type": "LoadBalancer", "clusterIP": "10.96.0.1", "externalTrafficPolicy": policy,
+            "healthCheckNodePort": 32000, "ports": [{"port": 80}],
+        })
+    };
+    let checks = |bench: &mut Bench| {
+        bench.write();
+        let checks = bench.reconciler.health_checks();
+        checks.map(|(name, port, ready)| format!("{name} {port} {ready}")).collect::<Vec<_>>()
+    };
+    bench.world.service("db", at("2026-01-01T00:00:00Z", "10.96.0.2")).endpoints("db", "10.0.0.9 @");
+    bench.world.service("web", spec("Local")).endpoints("web", "10.0.0.1 @, 10.0.0.2");
+    assert_eq!(checks(&mut bench), ["default/web 32000 1"]);
+    bench.world.endpoints("web", "10.0.0.2");
+    assert_eq!(checks(&mut bench), ["default/web 32000 0"]);
+    bench.world.service("web", spec("Cluster"));
+    assert_eq!(checks(&mut bench), [""; 0]);
+    bench.world.service("web", spec("Local"));
+    assert_eq!(checks(&mut bench), ["default/web 32000 0"]);
+    bench.world.apply(Change::Service(name("web"), None));
+    assert_eq!(checks(&mut bench), [""; 0]);
+}
+
+#[test]
+fn a_service_that_is_made_anew_and_loses_its_address_is_told() {
+    let mut bench = Bench::new();
+    bench.world.service("a", at("2026-01-01T00:00:00Z", "10.96.0.1"));
+    bench.world.service("b", at("2026-01-02T00:00:00Z", "10.96.0.1"));
+    bench.write();
+    bench.warnings.clear();
+    // Deleted and made again between two looks: the other one is the older now.
+    bench.world.service("a", at("2026-01-03T00:00:00Z", "10.96.0.1"));
+    bench.write();
+    assert_eq!(bench.warnings.len(), 1, "{:?}", bench.warnings);
+    assert!(bench.warnings[0].starts_with("default/a: TCP 10.96.0.1:80 is not served: default/b"));
 }

@@ -124,6 +124,25 @@ async fn a_slow_writer_takes_nothing_away() {
     assert_eq!(bench.removed, [""; 0]);
 }
 
+/// A moment later, because it may be half of a change; but not much later, though nothing more happens.
+#[tokio::test]
+async fn an_emptied_file_takes_everything_away_after_a_moment() {
+    for replaced in [true, false] {
+        let mut bench = Bench::start(|dir| std::fs::write(dir.join("a.yaml"), WEB).unwrap()).await;
+        bench.expect(&["web"]).await;
+        if replaced {
+            std::fs::write(bench.file(".new"), "").unwrap();
+            std::fs::rename(bench.file(".new"), bench.file("a.yaml")).unwrap();
+        } else {
+            std::fs::write(bench.file("a.yaml"), "\n").unwrap();
+        }
+        bench.settle(Duration::from_millis(500)).await;
+        assert_eq!(bench.removed, [""; 0], "replaced: {replaced}");
+        let took = bench.expect(&[]).await;
+        assert!(took < Duration::from_millis(1500), "{took:?}, replaced: {replaced}");
+    }
+}
+
 #[tokio::test]
 async fn config_map_volumes_are_followed() {
     let install = |dir: &Path, version: &str, text: &str| {

@@ -200,7 +200,11 @@ fn the_cluster_is_told_what_is_not_served() -> Result<()> {
         Ok(())
     })?;
     let (_, metrics) = get(node, "127.0.0.1:10249".parse()?, "/metrics")??;
-    for line in ["lb_unserved 1", "lb_kubernetes_events_total{result=\"sent\"} 3"] {
+    for line in [
+        "lb_unserved{reason=\"UnsupportedProtocol\"} 1",
+        "lb_unserved{reason=\"FailedToStartServiceHealthcheck\"} 1",
+        "lb_kubernetes_events_total{result=\"sent\"} 3",
+    ] {
         ensure!(metrics.lines().any(|other| other == line), "{line} is not in\n{metrics}");
     }
     // The family whose port is free has had its server all the while; now the other has one, too.

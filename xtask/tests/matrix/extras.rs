@@ -102,7 +102,6 @@ fn ranges_cases(site: &Site) -> Vec<Case> {
 }
 
 #[test]
-#[ignore = "source ranges are not served yet"]
 fn source_ranges_count_for_load_balancer_addresses_only() -> Result<()> {
     let site = Site::start("ranges", &[("services.yaml", documents(&ranges_objects()?))])?;
     judge(&site, &ranges_cases(&site)).map(drop)
@@ -127,7 +126,6 @@ fn ports_cases(site: &Site) -> Vec<Case> {
 }
 
 #[test]
-#[ignore = "ports that are none are not refused yet"]
 fn another_port_of_a_cluster_ip_is_refused() -> Result<()> {
     let site = Site::start("ports", &[("services.yaml", documents(&ports_objects()?))])?;
     judge(&site, &ports_cases(&site)).map(drop)
@@ -158,7 +156,6 @@ fn affinity_cases(site: &Site) -> Vec<Case> {
 }
 
 #[test]
-#[ignore = "session affinity is not served yet"]
 fn a_client_stays_with_its_endpoint_whichever_way_it_comes() -> Result<()> {
     let site = Site::start("affinity", &[("services.yaml", documents(&affinity_objects()?))])?;
     let asked = affinity_cases(&site);
@@ -187,7 +184,6 @@ fn a_client_stays_with_its_endpoint_whichever_way_it_comes() -> Result<()> {
 }
 
 #[test]
-#[ignore = "session affinity is not served yet"]
 fn a_client_moves_when_its_endpoint_goes_and_stays_where_it_moved() -> Result<()> {
     const NUMBER: u8 = 79;
     let spec = json!({"sessionAffinity": "ClientIP"});
