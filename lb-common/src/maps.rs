@@ -413,10 +413,35 @@ pub struct Fragment {
     pub sport: NetPort,
     /// Destination port.
     pub dport: NetPort,
-    /// IP protocol.
+    /// IP protocol; zero: it has not come yet, others have.
     pub proto: u32,
-    /// When it came: seconds of the kernel's monotonic clock.
+    /// When it came, or the last one that waits for it: seconds of the kernel's monotonic clock.
     pub seen: u32,
+    /// The last one that waits for it, see [`Held`].
+    pub held: u32,
+}
+
+/// A fragment that came before its datagram's first one.
+#[repr(C, align(8))]
+#[derive(Clone, Copy, Debug)]
+pub struct Held {
+    /// Its own number, so that a place that was used again is not taken for it. Never zero.
+    pub id: u32,
+    /// The number of the one before it, zero for none.
+    pub previous: u32,
+    /// Length of the frame.
+    pub len: u32,
+    /// Always zero.
+    pub pad: u32,
+    /// The frame.
+    pub frame: [u8; Self::MAX],
+}
+
+impl Held {
+    /// Larger frames are not held.
+    pub const MAX: usize = 2032;
+    /// Places for each CPU.
+    pub const PER_CPU: u32 = 64;
 }
 
 /// Key of the slot table.
@@ -714,6 +739,7 @@ const _: () = {
     assert!(size_of::<SlotKey>() == 8);
     assert!(size_of::<Device>() == 32);
     assert!(size_of::<SourceKey<Ip4>>() == 8 && size_of::<SourceKey<Ip6>>() == 20);
+    assert!(size_of::<Held>() == 2048);
     assert!(size_of::<AffinityKey>() == 24 && size_of::<Affinity>() == 32);
     assert!(size_of::<SocketKey>() == 32);
     assert!(size_of::<SocketPeer>() == 32);

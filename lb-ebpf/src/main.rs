@@ -1,10 +1,13 @@
 //! The kernel programs. Only glue: the logic is in `lb_common`, where it runs under test.
 //!
 //! - `tc`: `ingress` and `egress`, attached to every pod veth, uplink and overlay device.
+//! - `frames`: packets that are kept for a while.
 //! - `sockets`: the cgroup hooks for host processes.
 //! - `tables`: the maps.
 #![cfg_attr(target_arch = "bpf", no_std, no_main)]
 
+#[cfg(target_arch = "bpf")]
+mod frames;
 #[cfg(target_arch = "bpf")]
 mod sockets;
 #[cfg(target_arch = "bpf")]

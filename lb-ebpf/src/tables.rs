@@ -8,8 +8,8 @@ use aya_ebpf::maps::{Array, HashMap, LpmTrie, LruHashMap, PerCpuArray};
 use lb_common::addr::{Ip4, Ip6};
 use lb_common::datapath::Reason;
 use lb_common::maps::{
-    Addr, Affinity, AffinityKey, Device, Flow, FlowKey, Fragment, FragmentKey, Frontend, FrontendKey, Range,
-    ServiceName, Slot, SlotKey, SocketKey, SocketPeer, SourceKey, flags,
+    Addr, Affinity, AffinityKey, Device, Flow, FlowKey, Fragment, FragmentKey, Frontend, FrontendKey, Held,
+    Range, ServiceName, Slot, SlotKey, SocketKey, SocketPeer, SourceKey, flags,
 };
 
 // Written by the loader before the programs are verified, constant from then on.
@@ -69,6 +69,15 @@ pub(crate) static LB_RANGE6: Array<Range<Ip6>> = Array::with_max_entries(1, 0);
 pub(crate) static LB_FRAG4: LruHashMap<FragmentKey<Ip4>, Fragment> = LruHashMap::with_max_entries(1 << 12, 0);
 #[map]
 pub(crate) static LB_FRAG6: LruHashMap<FragmentKey<Ip6>, Fragment> = LruHashMap::with_max_entries(1 << 12, 0);
+/// Fragments that wait for the first one; `Held::PER_CPU` places for each CPU, one after the other.
+#[map]
+pub(crate) static LB_HELD: Array<Held> = Array::with_max_entries(Held::PER_CPU, 0);
+/// How many each CPU has held.
+#[map]
+pub(crate) static LB_HOLDS: PerCpuArray<u32> = PerCpuArray::with_max_entries(1, 0);
+/// The packet that is kept safe while those that waited for it take its place.
+#[map]
+pub(crate) static LB_FRAME: PerCpuArray<Held> = PerCpuArray::with_max_entries(1, 0);
 /// `sessionAffinity: ClientIP`.
 #[map]
 pub(crate) static LB_AFFINITY: HashMap<AffinityKey, Affinity> =

@@ -1,5 +1,6 @@
 //! The tc programs: packets and tables as `lb_common::datapath` wants them.
 
+use crate::frames;
 use crate::tables::{self, FLAGS, HASH_SEED, LB_DEVICE, LB_PORTS, LB_SCRATCH, MASQ_FIRST, MASQ_LAST, Maps};
 use aya_ebpf::bindings::{
     __sk_buff, BPF_F_MARK_MANGLED_0, BPF_F_PSEUDO_HDR, TC_ACT_SHOT, TC_ACT_UNSPEC, bpf_adj_room_mode,
@@ -268,6 +269,17 @@ impl Kernel for Around {
     #[inline(always)]
     fn port_reserved(&self, port: u16) -> bool {
         LB_PORTS.get(u32::from(port >> 6)).is_some_and(|bits| bits >> (port & 63) & 1 != 0)
+    }
+
+    #[inline(always)]
+    fn hold<P: Packet>(&self, _: &mut P, previous: u32) -> Option<u32> {
+        let id = frames::hold(self.0, previous);
+        (id != 0).then_some(id)
+    }
+
+    #[inline(always)]
+    fn release<P: Packet>(&self, _: &mut P, last: u32, incoming: bool) {
+        frames::release(self.0, last, incoming);
     }
 
     #[inline(always)]

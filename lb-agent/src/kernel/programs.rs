@@ -2,12 +2,13 @@
 
 use super::pins::Pins;
 use crate::cli::{RunArgs, SocketLb};
-use anyhow::{Context as _, Result, bail};
+use anyhow::{Context as _, Result, anyhow, bail};
 use aya::maps::MapInfo;
 use aya::programs::{ProgramType, SchedClassifier, tc::TcAttachType};
 use aya::sys::{BpfHelper, is_helper_supported, is_program_supported};
+use aya::util::nr_cpus;
 use aya::{Ebpf, EbpfLoader};
-use lb_common::maps::flags;
+use lb_common::maps::{Held, flags};
 use std::os::fd::AsRawFd as _;
 use tracing::warn;
 
@@ -15,7 +16,7 @@ use tracing::warn;
 pub(crate) static OBJECT: &[u8] = aya::include_bytes_aligned!(concat!(env!("OUT_DIR"), "/lb-ebpf.o"));
 
 /// Every map of the object, all pinned.
-pub(crate) const MAPS: [&str; 22] = [
+pub(crate) const MAPS: [&str; 23] = [
     "LB_FLOW4",
     "LB_FLOW6",
     "LB_FRONT4",
@@ -31,6 +32,7 @@ pub(crate) const MAPS: [&str; 22] = [
     "LB_FRAG4",
     "LB_FRAG6",
     "LB_AFFINITY",
+    "LB_HELD",
     "LB_EPOCH",
     "LB_DEVICE",
     "LB_PORTS",
@@ -121,6 +123,7 @@ pub fn load(pins: &Pins, args: &RunArgs, features: Features) -> Result<Ebpf> {
     for map in FLOW_TABLES {
         loader.map_max_entries(map, entries(args.flow_table_max));
     }
+    loader.map_max_entries("LB_HELD", held_places()?);
     for map in MAPS {
         loader.map_pin_path(map, pins.map(map));
     }
@@ -136,6 +139,15 @@ pub fn load(pins: &Pins, args: &RunArgs, features: Features) -> Result<Ebpf> {
         program.load().with_context(|| format!("load the tc program {name}"))?;
     }
     Ok(ebpf)
+}
+
+/// Room for fragments that overtook the first one: some on every processor that the kernel may use.
+///
+/// # Errors
+/// If nobody says how many those are.
+pub fn held_places() -> Result<u32> {
+    let cpus = nr_cpus().map_err(|(what, error)| anyhow!("{what}: {error}"))?;
+    Ok(u32::try_from(cpus)?.saturating_mul(Held::PER_CPU))
 }
 
 /// What to say if the pinned flow tables, which keep the size that they were made with, have another one than asked for.

@@ -7,7 +7,7 @@ use aya::maps::lpm_trie::{Key, LpmTrie};
 use aya::maps::{Array, HashMap, Map, MapData, PerCpuArray};
 use aya::programs::{ProgramError, SchedClassifier};
 use aya::{Ebpf, EbpfLoader, Pod, TestRun as _, TestRunOptions};
-use lb_agent::kernel::programs::Features;
+use lb_agent::kernel::programs::{Features, held_places};
 use lb_common::addr::{Ip4, Ip6};
 use lb_common::datapath::Reason;
 use lb_common::maps::{Device, Flow, FlowKey, Frontend, FrontendKey, Range, Slot, SlotKey, SourceKey, flags};
@@ -50,6 +50,7 @@ impl Loaded {
         for flows in ["LB_FLOW4", "LB_FLOW6"] {
             loader.map_max_entries(flows, u32::try_from(world.capacity).unwrap_or(1 << 16));
         }
+        loader.map_max_entries("LB_HELD", held_places().expect("count the processors"));
         let mut ebpf = loader.load(OBJECT).expect("load the maps");
         for name in ["ingress", "egress"] {
             program(&mut ebpf, name).load().unwrap_or_else(|e| panic!("load {name}: {e:#?}"));

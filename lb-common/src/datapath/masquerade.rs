@@ -10,6 +10,8 @@ use crate::maps::{Addr, Device, Flow, Side, cidr};
 
 /// Ports tried before giving up. With one port in two taken, one new flow in four billion fails.
 const PORT_TRIES: u32 = 32;
+/// Ports looked at for the one that a flow has already: with one in two taken, it is among these 255 times of 256.
+const OWN_TRIES: u32 = 8;
 
 /// A packet of no known flow leaves: does it start one that has to be masqueraded?
 #[inline(never)]
@@ -19,14 +21,18 @@ pub(super) fn new_flow<A: Wire, P: Packet, K: Tables<A>>(
     headers: &Headers<A>,
 ) -> Outcome {
     let Some(device) = kernel.device() else { return Verdict::Pass.raw() };
-    if !starts(headers) || !wanted(kernel, headers, device) {
+    if !may_be_lost(headers) && !headers.starts_flow() || !wanted(kernel, headers, device) {
         return Verdict::Pass.raw();
     }
     let Some(draft) = kernel.draft() else { return Verdict::Pass.raw() };
     draft.write(Flow::straight(&headers.key, kernel.now()));
-    let taken = take_port(kernel, &draft, device);
-    if taken != Verdict::Pass.raw() {
-        return taken;
+    if headers.starts_flow() {
+        let taken = take_port(kernel, &draft, device);
+        if taken != Verdict::Pass.raw() {
+            return taken;
+        }
+    } else if !own_port(kernel, &draft, device) {
+        return Verdict::Pass.raw();
     }
     let forward = draft.turn(Side::Forward);
     let flow = draft.get();
@@ -73,15 +79,11 @@ pub(super) fn renew<A: Addr, K: Tables<A>>(kernel: &K, flow: &Flow<A>) {
     }
 }
 
-/// A reset or an echo reply of an unknown flow is an end, not a beginning. Other mid-flow TCP is picked up, as
-/// nf_conntrack does: it cannot leave with a pod's address anyway.
+/// Whether this is the middle of a connection, whose entry may have been lost. If none of its ports was ever taken, it
+/// is one that was exempt when it began, and stays as it is.
 #[inline(always)]
-fn starts<A>(headers: &Headers<A>) -> bool {
-    match headers.kind {
-        Kind::Tcp(flags) => flags & tcp_flags::RST == 0,
-        Kind::Udp | Kind::EchoRequest => true,
-        Kind::EchoReply | Kind::IcmpError => false,
-    }
+fn may_be_lost<A>(headers: &Headers<A>) -> bool {
+    matches!(headers.kind, Kind::Tcp(flags) if flags & tcp_flags::RST == 0)
 }
 
 /// flannel's rule: from a pod of the cluster to anywhere else.
@@ -97,8 +99,8 @@ fn wanted<A: Addr, K: Tables<A>>(kernel: &K, headers: &Headers<A>, device: &Devi
 
 /// Takes a free port of the device's address for the flow, and enters [`Side::Back`] under it.
 ///
-/// The candidates follow from the hash of the tuple. So a flow whose forward entry was lost finds its own port
-/// again: the first candidate that is taken by itself.
+/// The candidates follow from the hash of the tuple, so that a flow whose forward entry was lost finds its own port
+/// again.
 #[inline(never)]
 fn take_port<A: Addr, K: Tables<A>>(kernel: &K, draft: &FlowRef<'_, A>, device: &Device) -> Outcome {
     let addr = A::masquerade_addr(device);
@@ -129,4 +131,19 @@ fn take_port<A: Addr, K: Tables<A>>(kernel: &K, draft: &FlowRef<'_, A>, device: 
         }
     }
     Verdict::Drop(Reason::MasqueradePortsExhausted).raw()
+}
+
+/// Finds the port that the flow has already, if it has one.
+#[inline(never)]
+fn own_port<A: Addr, K: Tables<A>>(kernel: &K, draft: &FlowRef<'_, A>, device: &Device) -> bool {
+    let mut ports = Ports::new(kernel, &draft.get().key(Side::Forward));
+    draft.masquerade(A::masquerade_addr(device));
+    for _ in 0..OWN_TRIES {
+        draft.set_masq_port(NetPort::new(ports.next()));
+        let flow = draft.get();
+        if kernel.flow(&flow.key(Side::Back)).is_some_and(|other| other.get().same_origin(flow)) {
+            return true;
+        }
+    }
+    false
 }

@@ -107,6 +107,8 @@ pub enum Reason {
     MidFlowPassed,
     /// Not dropped: a later fragment came without a first one and was left to the host.
     FragmentPassed,
+    /// Not dropped: a fragment has to wait for the first one.
+    FragmentHeld,
     /// Not dropped: a lost flow entry was made again from another.
     Repaired,
     /// Not dropped: a new flow was entered.
@@ -117,7 +119,7 @@ pub enum Reason {
 
 impl Reason {
     /// All of them, in the counters' order.
-    pub const ALL: [Self; 18] = [
+    pub const ALL: [Self; 19] = [
         Self::NoEndpoint,
         Self::NoLocalEndpoint,
         Self::NoSuchPort,
@@ -133,6 +135,7 @@ impl Reason {
         Self::FragmentDropped,
         Self::MidFlowPassed,
         Self::FragmentPassed,
+        Self::FragmentHeld,
         Self::Repaired,
         Self::NewFlow,
         Self::BackendGone,
@@ -157,9 +160,10 @@ impl Reason {
             12 => Self::FragmentDropped,
             13 => Self::MidFlowPassed,
             14 => Self::FragmentPassed,
-            15 => Self::Repaired,
-            16 => Self::NewFlow,
-            17 => Self::BackendGone,
+            15 => Self::FragmentHeld,
+            16 => Self::Repaired,
+            17 => Self::NewFlow,
+            18 => Self::BackendGone,
             _ => Self::Malformed,
         }
     }
@@ -182,6 +186,7 @@ impl Reason {
             Self::FragmentDropped => "fragment_dropped",
             Self::MidFlowPassed => "mid_flow_passed",
             Self::FragmentPassed => "fragment_passed",
+            Self::FragmentHeld => "fragment_held",
             Self::Repaired => "repaired",
             Self::NewFlow => "new_flow",
             Self::BackendGone => "backend_gone",
@@ -238,6 +243,12 @@ pub trait Kernel {
     fn affinity(&self, key: &AffinityKey) -> Option<&Affinity>;
     /// Remembers it. False if there is no room.
     fn put_affinity(&self, key: &AffinityKey, affinity: &Affinity) -> bool;
+    /// Keeps a packet that has to wait for another, behind the one with the number `previous` (zero for none). Its
+    /// number, or `None` if it is too large.
+    fn hold<P: Packet>(&self, packet: &mut P, previous: u32) -> Option<u32>;
+    /// Sends that packet and those before it as if they came now: in, or out, by this hook's device. Leaves `packet` as
+    /// it is.
+    fn release<P: Packet>(&self, packet: &mut P, last: u32, incoming: bool);
     /// The same value, but the verifier does not know how it came about: one state to verify from there on, not one for
     /// each way through the parser. One value at a time; `None` only in theory.
     #[inline(always)]

@@ -343,3 +343,30 @@ fn sides_of_a_flow() {
         assert_eq!(flow.key(Side::from_raw(flow.side).expect("a side")), key);
     }
 }
+
+#[test]
+fn a_connection_that_was_exempt_stays_as_it_is() {
+    for v6 in BOTH {
+        let n = Net::of(v6);
+        let mut world = cluster();
+        let (pod, exempt, other) = (sock(n.pod, 5000), sock(n.router, 443), sock(n.internet, 443));
+        let leaves = |world: &World, to, flags| pass(world, UPLINK, Hook::Egress, pod, to, L4::Tcp(flags));
+        assert_eq!(leaves(&world, exempt, SYN), Some((pod, exempt)));
+        let masqueraded = leaves(&world, other, SYN).expect("it leaves");
+        assert_eq!(masqueraded.0.ip(), n.node);
+        // Nothing is exempt any more.
+        world.v4.cidrs.retain(|(_, _, bits)| *bits == lb_common::maps::cidr::CLUSTER);
+        world.v6.cidrs.retain(|(_, _, bits)| *bits == lb_common::maps::cidr::CLUSTER);
+        assert_eq!(leaves(&world, exempt, ACK), Some((pod, exempt)));
+        // The middle of one whose entry was lost is still known by its port.
+        let forward = |flow: &lb_common::maps::Flow<Ip4>| flow.side == Side::Forward as u8;
+        if !v6 {
+            let lost = world.v4.flows().into_iter().find(|(_, flow)| forward(flow)).expect("an entry").0;
+            world.v4.lose(&lost);
+        }
+        assert_eq!(leaves(&world, other, ACK), Some(masqueraded));
+        // What begins now is masqueraded.
+        let new = pass(&world, UPLINK, Hook::Egress, sock(n.pod, 5001), exempt, L4::Tcp(SYN));
+        assert_eq!(new.expect("it leaves").0.ip(), n.node);
+    }
+}

@@ -75,6 +75,45 @@ fn what_a_refused_datagram_leaves_is_dropped() {
 }
 
 #[test]
+fn fragments_that_overtake_the_first_wait_for_it() {
+    let data: Vec<u8> = (0..DATA).map(|i| (i * 7) as u8).collect();
+    for v6 in BOTH {
+        for path in paths(v6) {
+            for l4 in [L4::Udp, L4::EchoRequest].into_iter().take(if path.ping { 2 } else { 1 }) {
+                let mut world = node();
+                let mut talk = Talk::new(&path, l4, false);
+                for (id, order) in
+                    (1..).step_by(2).zip([[3, 2, 1, 0], [1, 0, 2, 3], [2, 3, 0, 1], [1, 2, 3, 0]])
+                {
+                    for (way, l4) in [(Way::Forward, l4), (Way::Reply, l4.answer())] {
+                        if let Err(text) =
+                            talk.shuffled(&mut world, way, l4, (&data, id + way as u16, 1200), &order)
+                        {
+                            panic!("{way:?} in the order {order:?}: {text}");
+                        }
+                    }
+                }
+                assert_eq!(world.counter(Reason::FragmentPassed), 0);
+                assert!(world.counter(Reason::FragmentHeld) > 0);
+            }
+        }
+    }
+}
+
+#[test]
+fn what_is_too_large_to_be_held_is_left_to_the_host() {
+    for v6 in BOTH {
+        let n = Net::of(v6);
+        let world = node();
+        let whole = build::packet(sock(n.outside, 5), sock(n.node, 30081), L4::Udp, &[7; 9000]);
+        let late = build::fragments(&whole, 1, 4000).remove(1);
+        let (after, actions) = run(&world, UPLINK, Hook::Ingress, vec![late.clone()]);
+        assert_eq!((after, actions), (vec![late], vec![Action::Pass]));
+        assert_eq!(world.counter(Reason::FragmentPassed), 1);
+    }
+}
+
+#[test]
 fn an_identification_that_comes_again_much_later_is_another_datagram() {
     for v6 in BOTH {
         let n = Net::of(v6);
@@ -84,8 +123,12 @@ fn an_identification_that_comes_again_much_later_is_another_datagram() {
         world.now.set(world.now.get() + 11);
         let late = split(sock(n.pod, 5), vip, 1).remove(1);
         let mut frame = Frame::new(late.clone());
-        assert_eq!(world.run(CLIENT, Hook::Ingress, &mut frame), Action::Pass);
+        assert_eq!(world.run(CLIENT, Hook::Ingress, &mut frame), Action::Drop);
         assert_eq!(frame.bytes, late);
-        assert_eq!(world.counter(Reason::FragmentPassed), 1);
+        assert_eq!(world.counter(Reason::FragmentHeld), 1);
+        // What waited for too long is not let go with the next one.
+        world.now.set(world.now.get() + 11);
+        run(&world, CLIENT, Hook::Ingress, split(sock(n.pod, 5), vip, 1));
+        assert_eq!(world.released.borrow().len(), 0);
     }
 }

@@ -10,11 +10,20 @@ use std::net::{IpAddr, SocketAddr};
 /// What runs the programs: the host's copy, or the kernel.
 pub(crate) trait Runner {
     fn run(&mut self, device: u32, hook: Hook, frame: &mut Frame) -> Action;
+
+    /// Packets that were held and now come again, where they can be had.
+    fn released(&mut self) -> Vec<Frame> {
+        Vec::new()
+    }
 }
 
 impl Runner for World {
     fn run(&mut self, device: u32, hook: Hook, frame: &mut Frame) -> Action {
         World::run(self, device, hook, frame)
+    }
+
+    fn released(&mut self) -> Vec<Frame> {
+        self.released.take().into_iter().map(|(_, bytes)| Frame::new(bytes)).collect()
     }
 }
 
@@ -258,25 +267,52 @@ impl<'a> Talk<'a> {
         l4: L4,
         (data, id, size): (&[u8], u16, usize),
     ) -> Result<(), String> {
+        let order: Vec<usize> = (0..=data.len().div_ceil(8)).collect();
+        self.shuffled(runner, way, l4, (data, id, size), &order)
+    }
+
+    /// The same in another order. What a hook holds comes to it again when it lets it go.
+    pub(crate) fn shuffled(
+        &mut self,
+        runner: &mut impl Runner,
+        way: Way,
+        l4: L4,
+        (data, id, size): (&[u8], u16, usize),
+        order: &[usize],
+    ) -> Result<(), String> {
         let (mut src, mut dst, hops) = self.start(way);
         let split = |src, dst| build::fragments(&build::packet(src, dst, l4, data), id, size);
-        let mut frames: Vec<Frame> = split(src, dst).into_iter().map(Frame::new).collect();
         for &(device, hook, change) in hops {
-            for frame in &mut frames {
-                let action = runner.run(device, hook, frame);
-                if action != Action::Pass {
-                    return Err(self.at(device, hook, &action));
+            let sent = split(src, dst);
+            let (mut arrived, mut first) = (Vec::new(), Vec::new());
+            for (index, bytes) in order.iter().filter_map(|index| Some((*index, sent.get(*index)?))) {
+                let mut frame = Frame::new(bytes.clone());
+                match runner.run(device, hook, &mut frame) {
+                    Action::Pass => arrived.push(frame.bytes.clone()),
+                    // Held, or it will be missed.
+                    Action::Drop => {}
+                    action => return Err(self.at(device, hook, &action)),
+                }
+                if index == 0 {
+                    first = frame.bytes;
+                }
+                for mut again in runner.released() {
+                    if runner.run(device, hook, &mut again) != Action::Pass {
+                        return Err(self.at(device, hook, &"held again"));
+                    }
+                    arrived.push(again.bytes);
                 }
             }
             if let (Change::ToMasq(addr), None) = (change, self.masq) {
-                self.masq = Some(sock(addr, source_port(&frames[0].bytes)));
+                self.masq = Some(sock(addr, source_port(&first)));
             }
             (src, dst) = self.change(change, (src, dst));
-            for (frame, expected) in frames.iter().zip(split(src, dst)) {
-                if frame.bytes != expected {
-                    let at = self.at(device, hook, &src);
-                    return Err(format!("{at}\n  got      {:02x?}\n  expected {expected:02x?}", frame.bytes));
-                }
+            let mut expected = split(src, dst);
+            expected.sort_unstable();
+            arrived.sort_unstable();
+            if arrived != expected {
+                let at = self.at(device, hook, &src);
+                return Err(format!("{at}\n  got      {arrived:02x?}\n  expected {expected:02x?}"));
             }
         }
         Ok(())

@@ -2,10 +2,10 @@
 
 use super::frame::Frame;
 use lb_common::addr::{Ip4, Ip6, NetPort};
-use lb_common::datapath::{self, FlowRef, Kernel, Put, PutError, Reason, Tables, Verdict, Wire};
+use lb_common::datapath::{self, FlowRef, Kernel, Packet, Put, PutError, Reason, Tables, Verdict, Wire};
 use lb_common::maps::{
-    Addr, Affinity, AffinityKey, Device, Flow, FlowKey, Fragment, FragmentKey, Frontend, FrontendKey, Range,
-    Set, Slot, SlotKey,
+    Addr, Affinity, AffinityKey, Device, Flow, FlowKey, Fragment, FragmentKey, Frontend, FrontendKey, Held,
+    Range, Set, Slot, SlotKey,
 };
 use std::cell::{Cell, RefCell, UnsafeCell};
 use std::collections::{HashMap, HashSet};
@@ -88,6 +88,10 @@ pub(crate) struct World {
     pub(crate) capacity: usize,
     pub(crate) affinity_capacity: usize,
     affinities: RefCell<HashMap<AffinityKey, &'static Affinity>>,
+    /// Packets that wait: number, the one before, the frame.
+    held: RefCell<Vec<(u32, Vec<u8>)>>,
+    /// Packets that were let go: whether in, and the frame.
+    pub(crate) released: RefCell<Vec<(bool, Vec<u8>)>>,
     ifindex: Cell<u32>,
     counts: RefCell<[u64; Reason::ALL.len()]>,
     sets: u32,
@@ -107,6 +111,8 @@ impl World {
             capacity: usize::MAX,
             affinity_capacity: usize::MAX,
             affinities: RefCell::default(),
+            held: RefCell::default(),
+            released: RefCell::default(),
             ifindex: Cell::new(0),
             counts: RefCell::default(),
             sets: 0,
@@ -243,6 +249,25 @@ impl Kernel for World {
 
     fn affinity(&self, key: &AffinityKey) -> Option<&Affinity> {
         self.affinities.borrow().get(key).copied()
+    }
+
+    fn hold<P: Packet>(&self, packet: &mut P, previous: u32) -> Option<u32> {
+        let frame: Vec<u8> = (0..).map_while(|at| packet.load(at)).collect();
+        if frame.len() > Held::MAX {
+            return None;
+        }
+        let mut held = self.held.borrow_mut();
+        held.push((previous, frame));
+        u32::try_from(held.len()).ok()
+    }
+
+    fn release<P: Packet>(&self, _: &mut P, last: u32, incoming: bool) {
+        let mut id = last;
+        while id != 0 {
+            let (previous, frame) = self.held.borrow_mut()[id as usize - 1].clone();
+            self.released.borrow_mut().push((incoming, frame));
+            id = previous;
+        }
     }
 
     fn put_affinity(&self, key: &AffinityKey, affinity: &Affinity) -> bool {
