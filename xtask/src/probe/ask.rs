@@ -5,10 +5,13 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, TcpStream, UdpSocket};
 use std::time::{Duration, Instant};
 
 use anyhow::Result;
+use clap::ValueEnum;
 use serde::{Deserialize, Serialize};
 use socket2::{Domain, Protocol, Socket, Type};
 
-use super::wire::{Answer, Failure, Greeting, Reply, canonical, millis};
+use super::pieces::{self, Order};
+use super::serve::ECHO;
+use super::wire::{Answer, Failure, Greeting, Pattern, Reply, canonical, millis};
 
 /// What requests go over.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, clap::ValueEnum, Serialize, Deserialize)]
@@ -53,6 +56,12 @@ pub struct Ask {
     /// Size of each request in bytes
     #[arg(long, default_value_t = 6)]
     pub size: usize,
+    /// UDP: answers as long as the requests, which are checked byte by byte
+    #[arg(long)]
+    pub echo: bool,
+    /// UDP, connected: requests go out in fragments of this order
+    #[arg(long, conflicts_with = "unconnected")]
+    pub pieces: Option<Order>,
 }
 
 impl Ask {
@@ -70,6 +79,8 @@ impl Ask {
             source: None,
             source_port: None,
             size: 6,
+            echo: false,
+            pieces: None,
         }
     }
 
@@ -120,6 +131,18 @@ impl Ask {
         self
     }
 
+    /// Makes each request, and each answer, so many bytes long. UDP only.
+    pub fn echo(mut self, size: usize) -> Self {
+        (self.size, self.echo) = (size, true);
+        self
+    }
+
+    /// Sends the fragments of each datagram in that order.
+    pub fn pieces(mut self, order: Order) -> Self {
+        self.pieces = Some(order);
+        self
+    }
+
     /// The command line that says the same.
     pub(crate) fn args(&self) -> Vec<String> {
         let transport = if self.transport == Transport::Tcp { "tcp" } else { "udp" };
@@ -131,6 +154,9 @@ impl Ask {
         args.extend(self.unconnected.then(|| "--unconnected".into()));
         args.extend(self.source.iter().flat_map(|s| ["--source".into(), s.to_string()]));
         args.extend(self.source_port.iter().flat_map(|p| ["--source-port".into(), p.to_string()]));
+        args.extend(self.echo.then(|| "--echo".into()));
+        let order = self.pieces.and_then(|order| order.to_possible_value());
+        args.extend(order.iter().flat_map(|o| ["--pieces".into(), o.get_name().to_owned()]));
         args
     }
 
@@ -155,6 +181,17 @@ impl Ask {
     pub(crate) fn one(&self) -> (Result<Reply, Failure>, Duration) {
         let start = Instant::now();
         (self.once(&mut None), start.elapsed())
+    }
+
+    /// What is sent.
+    fn request(&self) -> Vec<u8> {
+        if self.echo {
+            let size = self.size.max(ECHO.len());
+            return [ECHO, Pattern::new().at(0, size - ECHO.len())].concat();
+        }
+        let mut request = vec![b'x'; self.size.max(1) - 1];
+        request.push(b'\n');
+        request
     }
 
     fn once(&self, kept: &mut Option<Conversation>) -> Result<Reply, Failure> {
@@ -204,8 +241,7 @@ impl Conversation {
     }
 
     fn ask(&mut self, ask: &Ask) -> Result<Reply, Failure> {
-        let mut request = vec![b'x'; ask.size.max(1) - 1];
-        request.push(b'\n');
+        let request = ask.request();
         let (from, own, peername, text) = match self {
             Self::Tcp(reader) => {
                 reader.get_ref().set_read_timeout(Some(ask.timeout))?;
@@ -220,13 +256,21 @@ impl Conversation {
             }
             Self::Udp(socket) => {
                 socket.set_read_timeout(Some(ask.timeout))?;
-                match ask.unconnected {
-                    true => socket.send_to(&request, ask.to)?,
-                    false => socket.send(&request)?,
-                };
-                let mut buffer = vec![0; 4096];
+                match ask.pieces {
+                    Some(order) => pieces::send(socket, &request, order)?,
+                    None if ask.unconnected => drop(socket.send_to(&request, ask.to)?),
+                    None => drop(socket.send(&request)?),
+                }
+                let mut buffer = vec![0; 65536];
                 let (n, from) = socket.recv_from(&mut buffer)?;
                 buffer.truncate(n);
+                if ask.echo {
+                    let line = buffer.iter().position(|&b| b == b'\n').ok_or(Failure::Corrupt)? + 1;
+                    if buffer.get(line..) != request.get(line..) {
+                        return Err(Failure::Corrupt);
+                    }
+                    buffer.truncate(line);
+                }
                 (from, socket.local_addr()?, socket.peer_addr().ok(), buffer)
             }
         };

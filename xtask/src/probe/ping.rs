@@ -41,6 +41,12 @@ impl Ping {
         self
     }
 
+    /// So many bytes of payload.
+    pub fn size(mut self, size: usize) -> Self {
+        self.size = size;
+        self
+    }
+
     /// So many bytes of payload, not to be fragmented.
     pub fn unfragmented(mut self, size: usize) -> Self {
         (self.size, self.df) = (size, true);

@@ -18,7 +18,8 @@ use super::wire::{Greeting, Pattern, canonical};
 ///
 /// TCP requests are lines, as many as wanted on one connection: `BULK n` is answered by n bytes, `SINK n` takes
 /// n bytes and then answers, `HOLD` is answered and ends the conversation without ending the connection, HTTP's `GET`
-/// is answered as curl likes it, anything else is answered. It prints `"ready"` once it listens on every port.
+/// is answered as curl likes it, anything else is answered. A datagram that begins with `ECHO` has its own end put behind
+/// the answer, so that both are of one size. It prints `"ready"` once it listens on every port.
 #[derive(Clone, Debug, Default, clap::Args)]
 pub struct Serve {
     /// Name to answer with
@@ -74,6 +75,9 @@ impl Serve {
         Ok(())
     }
 }
+
+/// How requests begin whose answers are to be as long as they are.
+pub(super) const ECHO: &[u8] = b"ECHO";
 
 /// A socket for both families.
 fn bind(kind: Type, protocol: Protocol, port: u16) -> Result<Socket> {
@@ -153,7 +157,11 @@ fn answer_datagram(socket: &UdpSocket, port: u16, name: &str, buffer: &mut [u8])
         bytes: message.bytes as u64,
         wrong_at: None,
     };
-    let answer = serde_json::to_vec(&greeting)?;
+    let mut answer = serde_json::to_vec(&greeting)?;
+    if let Some(request) = buffer.get(..greeting.bytes as usize).filter(|r| r.starts_with(ECHO)) {
+        answer.push(b'\n');
+        answer.extend_from_slice(request.get(answer.len()..).unwrap_or_default());
+    }
     // Only the address matters; the way out is for routing to find.
     info.ipi6_ifindex = 0;
     let control = [ControlMessage::Ipv6PacketInfo(&info)];

@@ -64,6 +64,8 @@ pub enum Failure {
     TooBig,
     /// Bytes arrived that were not sent.
     Corrupt,
+    /// An earlier connection still has the source port.
+    Taken,
     /// Anything else, in words.
     #[serde(untagged)]
     Other(String),
@@ -79,6 +81,7 @@ impl fmt::Display for Failure {
             Self::Denied => "denied",
             Self::TooBig => "too big",
             Self::Corrupt => "corrupt",
+            Self::Taken => "taken",
             Self::Other(text) => text,
         })
     }
@@ -93,6 +96,7 @@ impl From<io::Error> for Failure {
             K::ConnectionReset | K::ConnectionAborted | K::BrokenPipe | K::UnexpectedEof => Self::Reset,
             K::HostUnreachable | K::NetworkUnreachable => Self::Unreachable,
             K::PermissionDenied => Self::Denied,
+            K::AddrNotAvailable | K::AddrInUse => Self::Taken,
             _ if e.raw_os_error() == Some(libc::EMSGSIZE) => Self::TooBig,
             // A connected UDP socket that somebody has ended, as seen by its next send.
             _ if e.raw_os_error() == Some(libc::EDESTADDRREQ) => Self::Reset,

@@ -1,10 +1,13 @@
 //! The built `lb-agent` as a black box: real sockets, real devices, a lab for each test.
 
+mod affinity;
 mod api;
 mod churn;
+mod collide;
 mod devices;
 mod endpoints;
 mod flood;
+mod fragments;
 mod health;
 mod hostile;
 mod icmp;
