@@ -6,7 +6,7 @@ use aya_ebpf::helpers::generated as helpers;
 use aya_ebpf::macros::map;
 use aya_ebpf::maps::{Array, HashMap, LpmTrie, LruHashMap, PerCpuArray};
 use lb_common::addr::{Ip4, Ip6};
-use lb_common::datapath::Reason;
+use lb_common::datapath::{Reason, Taken};
 use lb_common::maps::{
     Addr, Affinity, AffinityKey, Device, Flow, FlowKey, Fragment, FragmentKey, Frontend, FrontendKey, Held,
     Range, ServiceName, Slot, SlotKey, SocketKey, SocketPeer, SourceKey, flags,
@@ -91,6 +91,9 @@ pub(crate) static LB_DEVICE: HashMap<u32, Device> = HashMap::with_max_entries(40
 /// One bit a port: not to masquerade to.
 #[map]
 pub(crate) static LB_PORTS: Array<u64> = Array::with_max_entries(1024, 0);
+/// Masquerade ports that were taken: see `Taken`.
+#[map]
+pub(crate) static LB_TAKEN: Array<u32> = Array::with_max_entries(Taken::PLACES, 0);
 #[map]
 pub(crate) static LB_COUNT: PerCpuArray<u64> = PerCpuArray::with_max_entries(Reason::ALL.len() as u32, 0);
 /// A value out of the verifier's sight: see `Kernel::launder`.

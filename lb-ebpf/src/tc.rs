@@ -1,7 +1,9 @@
 //! The tc programs: packets and tables as `lb_common::datapath` wants them.
 
 use crate::frames;
-use crate::tables::{self, FLAGS, HASH_SEED, LB_DEVICE, LB_PORTS, LB_SCRATCH, MASQ_FIRST, MASQ_LAST, Maps};
+use crate::tables::{
+    self, FLAGS, HASH_SEED, LB_DEVICE, LB_PORTS, LB_SCRATCH, LB_TAKEN, MASQ_FIRST, MASQ_LAST, Maps,
+};
 use aya_ebpf::bindings::{
     __sk_buff, BPF_F_MARK_MANGLED_0, BPF_F_PSEUDO_HDR, TC_ACT_SHOT, TC_ACT_UNSPEC, bpf_adj_room_mode,
     bpf_sock,
@@ -16,7 +18,7 @@ use core::ptr::NonNull;
 use lb_common::addr::{Ip4, Ip6};
 use lb_common::checksum::Sum;
 use lb_common::datapath::{
-    self, Covered, FlowRef, Kernel, Packet, Put, PutError, Reason, Reshape, Tables, Verdict, Wire,
+    self, Covered, FlowRef, Kernel, Packet, Put, PutError, Reason, Reshape, Tables, Taken, Verdict, Wire,
 };
 use lb_common::maps::{
     Addr, Affinity, AffinityKey, Device, Flow, FlowKey, Fragment, FragmentKey, Frontend, FrontendKey, Range,
@@ -254,6 +256,19 @@ impl Kernel for Around {
     #[inline(always)]
     fn backend_epoch(&self, id: u32) -> u32 {
         tables::backend_epoch(id)
+    }
+
+    #[inline(always)]
+    fn note_taken(&self, taken: Taken) {
+        if let Some(tag) = LB_TAKEN.get_ptr_mut(taken.place) {
+            // SAFETY: a word of the map, written at once.
+            unsafe { *tag = taken.tag };
+        }
+    }
+
+    #[inline(always)]
+    fn was_taken(&self, taken: Taken) -> bool {
+        LB_TAKEN.get(taken.place).is_some_and(|tag| *tag == taken.tag)
     }
 
     #[inline(always)]

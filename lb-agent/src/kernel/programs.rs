@@ -16,7 +16,7 @@ use tracing::warn;
 pub(crate) static OBJECT: &[u8] = aya::include_bytes_aligned!(concat!(env!("OUT_DIR"), "/lb-ebpf.o"));
 
 /// Every map of the object, all pinned.
-pub(crate) const MAPS: [&str; 23] = [
+pub(crate) const MAPS: [&str; 24] = [
     "LB_FLOW4",
     "LB_FLOW6",
     "LB_FRONT4",
@@ -33,6 +33,7 @@ pub(crate) const MAPS: [&str; 23] = [
     "LB_FRAG6",
     "LB_AFFINITY",
     "LB_HELD",
+    "LB_TAKEN",
     "LB_EPOCH",
     "LB_DEVICE",
     "LB_PORTS",

@@ -11,7 +11,7 @@ use super::rewrite::{End, rewrite};
 use super::{Covered, Outcome, Packet, Reason, Tables, Verdict};
 use crate::addr::NetPort;
 use crate::checksum::{Sum, update};
-use crate::maps::{Flow, Side};
+use crate::maps::{Device, Flow, Side, cidr};
 
 /// Length of the ICMP header in front of the quoted packet.
 const ICMP_HEADER: usize = 8;
@@ -66,7 +66,11 @@ fn translate<A: Wire, P: Packet, K: Tables<A>>(
     };
     // To a masqueraded flow the whole error belongs, whoever sent it: its sender may be on no way that the receiver's
     // reverse path filter accepts. (netfilter does the same.)
-    let always = matches!(end, End::Source) && flow.side == Side::Forward as u8;
+    // And no pod's address leaves the cluster by a device that masquerades.
+    let always = matches!(end, End::Source)
+        && (flow.side == Side::Forward as u8
+            || kernel.device().is_some_and(|d| d.flags & Device::MASQUERADE != 0)
+                && kernel.cidr(outer.key.src) & cidr::CLUSTER != 0);
     let result = apply(packet, outer, &quoted, (at, until), (end, always), (addr, port));
     let (_, known) = end.of(&quoted);
     if result.is_ok() && other != known && quoted.kind != Kind::EchoRequest && quoted.kind != Kind::EchoReply

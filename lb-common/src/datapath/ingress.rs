@@ -4,7 +4,7 @@ use super::choose::{choose, repair};
 use super::enter::{LOOK_ON, forget, stale, straight};
 use super::parse::{Headers, Kind, NotOurs, Wire, parse};
 use super::rewrite::{End, new_port, rewrite};
-use super::{FlowRef, Packet, Reason, Tables, Verdict, fragments, icmp_error};
+use super::{FlowRef, Packet, Reason, Tables, Taken, Verdict, fragments, icmp_error};
 use crate::maps::{Addr, Flow, Frontend, FrontendKey, Side};
 
 /// A packet comes in on a device.
@@ -130,13 +130,13 @@ fn not_a_service<A: Addr, K: Tables<A>>(kernel: &K, headers: &Headers<A>) -> Ver
             Verdict::Pass
         };
     }
-    let (first, last) = kernel.masquerade_ports();
-    let port = headers.key.dport.get();
-    if !matches!(headers.kind, Kind::Tcp(_)) || port < first || port > last {
-        return Verdict::Pass;
-    }
-    let ours = kernel.device().is_some_and(|d| A::masquerade_addr(d) == headers.key.dst);
-    if ours && !kernel.socket_wants(&headers.key) {
+    // Others masquerade and forward ports, too: not every packet to an address of the node that none of its sockets
+    // wants is a reply that we have lost.
+    let ((first, last), port) = (kernel.masquerade_ports(), headers.key.dport.get());
+    if matches!(headers.kind, Kind::Tcp(_))
+        && (first..=last).contains(&port)
+        && kernel.was_taken(Taken::of(kernel, &headers.key))
+    {
         Verdict::Drop(Reason::UnknownMasquerade)
     } else {
         Verdict::Pass

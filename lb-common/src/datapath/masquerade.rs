@@ -4,7 +4,7 @@ use super::ingress::done;
 use super::parse::{Headers, Kind, Wire, tcp_flags};
 use super::ports::Ports;
 use super::rewrite::{End, rewrite};
-use super::{FlowRef, Outcome, Packet, Put, PutError, Reason, Tables, Verdict};
+use super::{FlowRef, Outcome, Packet, Put, PutError, Reason, Tables, Taken, Verdict};
 use crate::addr::NetPort;
 use crate::maps::{Addr, Device, Flow, Side, cidr};
 
@@ -121,7 +121,10 @@ fn take_port<A: Addr, K: Tables<A>>(kernel: &K, draft: &FlowRef<'_, A>, device: 
             continue;
         }
         match kernel.put_flow(&back, flow, Put::New) {
-            Ok(()) => return Verdict::Pass.raw(),
+            Ok(()) => {
+                kernel.note_taken(Taken::of(kernel, &back));
+                return Verdict::Pass.raw();
+            }
             Err(PutError::Full) => return Verdict::Drop(Reason::FlowTableFull).raw(),
             Err(PutError::Taken) => {
                 if kernel.flow(&back).is_some_and(|other| other.get().same_origin(flow)) {

@@ -239,6 +239,10 @@ pub trait Kernel {
     fn backend_epoch(&self, id: u32) -> u32;
     /// Whether the node reserves that port (host order).
     fn port_reserved(&self, port: u16) -> bool;
+    /// Notes that a masquerade port was taken for a flow.
+    fn note_taken(&self, taken: Taken);
+    /// Whether that was noted, and nothing in its place since.
+    fn was_taken(&self, taken: Taken) -> bool;
     /// What a client was sent to last.
     fn affinity(&self, key: &AffinityKey) -> Option<&Affinity>;
     /// Remembers it. False if there is no room.
@@ -286,6 +290,28 @@ pub trait Tables<A: Addr>: Kernel {
     fn fragment(&self, key: &FragmentKey<A>) -> Option<&Fragment>;
     /// Remembers it. Best effort: the table is an LRU one.
     fn put_fragment(&self, key: &FragmentKey<A>, fragment: &Fragment);
+}
+
+/// That a masquerade port was taken for a flow, in a table of fixed size: a place, and what tells it from others that
+/// would be there.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Taken {
+    /// Below [`Taken::PLACES`].
+    pub place: u32,
+    /// Not zero.
+    pub tag: u32,
+}
+
+impl Taken {
+    /// Size of the table.
+    pub const PLACES: u32 = 1 << 16;
+
+    /// The flow by the key of its [`Side::Back`].
+    #[inline(always)]
+    pub(crate) fn of<A: Addr, K: Kernel>(kernel: &K, back: &FlowKey<A>) -> Self {
+        let seed = kernel.hash_seed();
+        Self { place: back.hash(seed) % Self::PLACES, tag: back.hash(!seed) | 1 }
+    }
 }
 
 /// How to enter a flow entry.

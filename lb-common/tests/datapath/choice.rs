@@ -345,6 +345,22 @@ fn sides_of_a_flow() {
 }
 
 #[test]
+fn ports_that_others_masquerade_to_or_forward_are_theirs() {
+    for v6 in BOTH {
+        let n = Net::of(v6);
+        let world = cluster();
+        let (peer, pod) = (sock(n.internet, 443), sock(n.pod, 5000));
+        let ours = pass(&world, UPLINK, Hook::Egress, pod, peer, L4::Tcp(SYN)).expect("it leaves").0;
+        for port in (10_000..30_000).filter(|port| *port != ours.port()) {
+            let theirs = sock(n.node, port);
+            let answer = pass(&world, UPLINK, Hook::Ingress, peer, theirs, L4::Tcp(ACK));
+            assert_eq!(answer, Some((peer, theirs)));
+        }
+        assert_eq!(pass(&world, UPLINK, Hook::Ingress, peer, ours, L4::Tcp(ACK)), Some((peer, pod)));
+    }
+}
+
+#[test]
 fn a_connection_that_was_exempt_stays_as_it_is() {
     for v6 in BOTH {
         let n = Net::of(v6);

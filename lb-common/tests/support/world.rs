@@ -2,7 +2,9 @@
 
 use super::frame::Frame;
 use lb_common::addr::{Ip4, Ip6, NetPort};
-use lb_common::datapath::{self, FlowRef, Kernel, Packet, Put, PutError, Reason, Tables, Verdict, Wire};
+use lb_common::datapath::{
+    self, FlowRef, Kernel, Packet, Put, PutError, Reason, Tables, Taken, Verdict, Wire,
+};
 use lb_common::maps::{
     Addr, Affinity, AffinityKey, Device, Flow, FlowKey, Fragment, FragmentKey, Frontend, FrontendKey, Held,
     Range, Set, Slot, SlotKey,
@@ -88,6 +90,7 @@ pub(crate) struct World {
     pub(crate) capacity: usize,
     pub(crate) affinity_capacity: usize,
     affinities: RefCell<HashMap<AffinityKey, &'static Affinity>>,
+    taken: RefCell<HashMap<u32, u32>>,
     /// Packets that wait: number, the one before, the frame.
     held: RefCell<Vec<(u32, Vec<u8>)>>,
     /// Packets that were let go: whether in, and the frame.
@@ -111,6 +114,7 @@ impl World {
             capacity: usize::MAX,
             affinity_capacity: usize::MAX,
             affinities: RefCell::default(),
+            taken: RefCell::default(),
             held: RefCell::default(),
             released: RefCell::default(),
             ifindex: Cell::new(0),
@@ -245,6 +249,14 @@ impl Kernel for World {
 
     fn port_reserved(&self, port: u16) -> bool {
         self.reserved.contains(&port)
+    }
+
+    fn note_taken(&self, taken: Taken) {
+        self.taken.borrow_mut().insert(taken.place, taken.tag);
+    }
+
+    fn was_taken(&self, taken: Taken) -> bool {
+        self.taken.borrow().get(&taken.place) == Some(&taken.tag)
     }
 
     fn affinity(&self, key: &AffinityKey) -> Option<&Affinity> {
