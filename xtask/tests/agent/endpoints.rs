@@ -181,6 +181,89 @@ fn udp_of_a_host_process_follows_endpoints_connected() -> Result<()> {
     udp_follows_endpoints("udphc", |cluster| cluster.lab().node(0).clone(), false)
 }
 
+/// Conversations with the name server, of every kind and in both families: n1's are the flows.
+fn talks_of_all(cluster: &Cluster) -> Result<Vec<Talk>> {
+    let lab = cluster.lab();
+    let (pod, node, client) = (lab.pod(0, 0), lab.node(0), lab.client());
+    let mut talks = Vec::new();
+    for family in [0, 1] {
+        for (from, to) in [(&pod, dns()), (client, node.at(30053)), (node, dns())] {
+            let ask = Ask::udp(to[family]);
+            talks.push(Talk::start(from, &ask)?);
+            talks.push(Talk::start(from, &ask.unconnected())?);
+        }
+    }
+    Ok(talks)
+}
+
+/// Gives `dns-1` these conditions, and waits until new flows go to `dns-2` alone.
+fn dns1_is(cluster: &Cluster, conditions: &str) -> Result<()> {
+    let lab = cluster.lab();
+    let yaml: String = include_str!("../../../manifests/demo/dns.yaml")
+        .split_inclusive('\n')
+        .map(|line| {
+            if line.contains("nodeName: n1") { line.replace("ready: true", conditions) } else { line.into() }
+        })
+        .collect();
+    cluster.write("dns.yaml", &yaml)?;
+    new_flows_are_for_dns2(lab.node(0), [&lab.pod(0, 1), lab.client(), lab.node(0)])
+}
+
+fn new_flows_are_for_dns2(node: &Host, clients: [&Host; 3]) -> Result<()> {
+    for from in clients {
+        let to = if from.role() == Role::Client { node.at(30053) } else { dns() };
+        for to in to {
+            eventually(SOON, || {
+                let names = answered(from, &Ask::udp(to).count(20))?;
+                ensure!(names.iter().all(|name| name == "dns-2"), "{} → {to}: {names:?}", from.name());
+                Ok(())
+            })?;
+        }
+    }
+    Ok(())
+}
+
+#[test]
+fn udp_stays_with_a_terminating_endpoint_while_that_serves() -> Result<()> {
+    let mut cluster = cluster("drain")?;
+    dns_without(&cluster, &[cluster.lab().pod(1, 1)])?;
+    let talks = talks_of_all(&cluster)?;
+    talks.iter().try_for_each(|talk| talk.stays_with("dns-1"))?;
+    dns_without(&cluster, &[])?;
+
+    dns1_is(&cluster, "ready: false, serving: true, terminating: true")?;
+    talks.iter().try_for_each(|talk| talk.stays_with("dns-1"))?;
+    cluster.kill_agent(0);
+    talks.iter().try_for_each(|talk| talk.stays_with("dns-1"))?;
+    cluster.start_agent(0, &[])?;
+    talks.iter().try_for_each(|talk| talk.stays_with("dns-1"))?;
+    // Nor does what the new agent writes.
+    dns1_is(&cluster, "ready: false, terminating: true")?;
+    talks.iter().try_for_each(|talk| talk.stays_with("dns-1"))?;
+
+    dns1_is(&cluster, "ready: false, serving: false, terminating: true")?;
+    talks.iter().try_for_each(|talk| talk.moves_to("dns-2", "dns-1"))
+}
+
+#[test]
+fn udp_that_began_without_endpoints_is_served_when_there_are_some() -> Result<()> {
+    let cluster = cluster("began")?;
+    let all = [cluster.lab().pod(0, 2), cluster.lab().pod(1, 1)];
+    dns_without(&cluster, &all)?;
+    let talks = talks_of_all(&cluster)?;
+    for talk in &talks {
+        ensure!(talk.next()?.is_err(), "{}: answered by nobody", talk.what);
+    }
+    dns_without(&cluster, &[])?;
+    for talk in &talks {
+        // Up to the one that was under way.
+        talk.drain()?;
+        let name = talk.next()?.map_err(anyhow::Error::msg_of).with_context(|| talk.what.clone())?;
+        talk.stays_with(&name)?;
+    }
+    Ok(())
+}
+
 /// Nobody put the backend into this socket: it is the process's own business.
 #[test]
 fn udp_of_a_host_process_to_the_endpoint_itself_stays() -> Result<()> {
