@@ -46,7 +46,7 @@ pub struct RunArgs {
     )]
     pub cluster_cidr: CidrList,
 
-    /// Addresses that answer NodePorts: CIDRs, or `primary` [default: all of the node's]
+    /// Addresses that answer NodePorts: CIDRs (a family without any: all), `primary` or `all` [default: all]
     #[arg(
         long,
         value_name = "CIDRS",
@@ -113,10 +113,6 @@ pub struct RunArgs {
           value_parser = clap::value_parser!(u32).range(1024..=16_777_216))]
     pub flow_table_max: u32,
 
-    /// Timeouts of flows.
-    #[command(flatten)]
-    pub conntrack: ConntrackArgs,
-
     /// Where /healthz and /livez answer; empty: nowhere
     #[arg(long, value_name = "IP:PORT", env = "LB_HEALTHZ_BIND_ADDRESS", default_value = "0.0.0.0:10256")]
     pub healthz_bind_address: Listen<10256>,
@@ -137,6 +133,10 @@ pub struct RunArgs {
     #[arg(long, env = "LB_LOG_PACKETS", default_value_t = false, action = ArgAction::Set, num_args = 0..=1,
           require_equals = true, default_missing_value = "true", value_parser = BoolishValueParser::new())]
     pub log_packets: bool,
+
+    /// Timeouts of flows. Last, because clap puts under its heading whatever follows.
+    #[command(flatten)]
+    pub conntrack: ConntrackArgs,
 }
 
 /// Whose sockets are translated at `connect` and `sendmsg`.

@@ -63,6 +63,12 @@ impl Events {
         Self(Some(shared))
     }
 
+    /// A queue that nobody sends from.
+    #[cfg(test)]
+    pub(crate) fn unsent() -> Self {
+        Self(Some(Arc::default()))
+    }
+
     /// The agent starts.
     pub fn starting(&self) {
         let note = format!("lb-agent {}", env!("CARGO_PKG_VERSION"));
@@ -163,7 +169,7 @@ mod tests {
 
     #[test]
     fn the_queue_merges_and_is_bounded_and_says_what_it_lost() {
-        let events = Events(Some(Arc::default()));
+        let events = Events::unsent();
         let shared = events.0.clone().unwrap();
         for _ in 0..3 {
             events.push(event(0));

@@ -13,7 +13,7 @@ use crate::kernel::sweep::Sweeper;
 use crate::kernel::tables::Tables;
 use crate::kernel::writer::MapWriter;
 use crate::masq_config::{ConfigFile, MasqConfig};
-use crate::metrics::{Kind, Metrics, Sample};
+use crate::metrics::{Collector, Kind, Sample};
 use crate::source::{self, Event};
 use crate::store::Change;
 use crate::sync::{self, Reports};
@@ -64,7 +64,8 @@ pub async fn run(args: RunArgs) -> Result<()> {
         writer.tell_of_gone_backends(nudge);
     }
     let reports = Reports { events: source.events(&node_name), ..Reports::default() };
-    collect(&reports.metrics, Tables::open(&pins)?);
+    let sweeper = Sweeper::open(&pins, args.conntrack.timeouts())?;
+    measure(&reports, Tables::open(&pins)?, &sweeper);
     report(&args, &node_name, reports.clone());
 
     let (events, receiver) = mpsc::channel(source::QUEUE);
@@ -75,8 +76,6 @@ pub async fn run(args: RunArgs) -> Result<()> {
         tokio::spawn(file.run(events.clone()));
     }
     let devices = devices(&args, ebpf, pins.clone(), features, events.clone())?;
-    let sweeper = Sweeper::open(&pins, args.conntrack.timeouts())?;
-    reports.metrics.collect(sweeper.samples());
     let source = source.start(node_name, events);
     let sync = tokio::spawn(sync::run(args.desired(), receiver, writer, reports));
 
@@ -149,10 +148,6 @@ fn report(args: &RunArgs, node_name: &str, reports: Reports) {
         tokio::spawn(health::serve("metrics", address, metrics.handler(&health)));
     }
     events.starting();
-    let counted = events.clone();
-    metrics.collect(Box::new(move || counted.samples()));
-    let counted = checks.clone();
-    metrics.collect(Box::new(move || counted.samples()));
     tokio::spawn(checks.run(node_name.into(), health, events));
 }
 
@@ -225,10 +220,19 @@ impl Source {
     }
 }
 
+/// Adds all that is measured to the metrics of the main loop.
+fn measure(reports: &Reports, tables: Tables, sweeper: &Sweeper) {
+    let Reports { metrics, checks, events, .. } = reports.clone();
+    metrics.collect(counters(tables));
+    metrics.collect(sweeper.samples());
+    metrics.collect(Box::new(move || events.samples()));
+    metrics.collect(Box::new(move || checks.samples()));
+}
+
 /// What the programs count.
-fn collect(metrics: &Metrics, tables: Tables) {
+fn counters(tables: Tables) -> Collector {
     let tables = Mutex::new(tables);
-    metrics.collect(Box::new(move || {
+    Box::new(move || {
         let Ok(tables) = tables.lock() else { return Vec::new() };
         let (drops, events): (Vec<Reason>, Vec<Reason>) = Reason::ALL.iter().partition(|r| r.is_drop());
         let samples = |reasons: Vec<Reason>, name: &'static str, help: &'static str, label: &'static str| {
@@ -248,5 +252,8 @@ fn collect(metrics: &Metrics, tables: Tables) {
             "event",
         ));
         all
-    }));
+    })
 }
+
+#[cfg(test)]
+mod reference;

@@ -57,7 +57,8 @@ fn lists_take_both_families_and_blanks() {
 fn mistakes_are_explained() {
     for (flags, expected) in [
         (["--cluster-cidr", "10.42.0.0"], "\"10.42.0.0\" is not a CIDR like"),
-        (["--nodeport-addresses", "primary,10.0.0.0/8"], "`primary` cannot be combined with CIDRs"),
+        (["--nodeport-addresses", "primary,10.0.0.0/8"], "`primary` cannot be combined with anything else"),
+        (["--nodeport-addresses", "10.0.0.0/8,all"], "`all` cannot be combined with anything else"),
         (["--nodeport-addresses", "eth0"], "\"eth0\" is not a CIDR"),
         (["--devices", "eth[0"], "\"eth[0\" is not a glob pattern: "),
         (["--masquerade-ports", "20000-30000"], "overlaps the NodePorts"),

@@ -10,7 +10,8 @@ pub enum NodePortAddresses {
     /// Every address of the node.
     #[default]
     All,
-    /// The node's primary address of each family.
+    /// The node's primary address of each family: the first that its Node object has, else that of the default route's
+    /// device.
     Primary,
     /// The addresses in these ranges. A family that has no range here is served on all its addresses.
     Within(Vec<IpNet>),
@@ -37,11 +38,13 @@ impl std::str::FromStr for NodePortAddresses {
         let items: Vec<_> = text.split(',').map(str::trim).filter(|item| !item.is_empty()).collect();
         match items.as_slice() {
             [] => Ok(Self::All),
+            ["all"] => Ok(Self::All),
             ["primary"] => Ok(Self::Primary),
-            ranges if ranges.contains(&"primary") => Err("`primary` cannot be combined with CIDRs".into()),
             ranges => {
-                let parse =
-                    |range: &&str| range.parse::<IpNet>().map_err(|_| format!("{range:?} is not a CIDR"));
+                let parse = |range: &&str| match *range {
+                    "all" | "primary" => Err(format!("`{range}` cannot be combined with anything else")),
+                    _ => range.parse::<IpNet>().map_err(|_| format!("{range:?} is not a CIDR")),
+                };
                 ranges.iter().map(parse).collect::<Result<_, _>>().map(Self::Within)
             }
         }
@@ -62,6 +65,8 @@ pub fn node_port_addresses(
                 let listed = node.addresses.iter().chain(&local.primary);
                 listed.copied().find(|address| address.is_ipv4() == v4)
             })
+            // One that is not here (yet) is not replaced by another: that may be a network where nobody wants them.
+            .filter(|address| local.all.contains(address))
             .collect(),
         _ => local
             .all

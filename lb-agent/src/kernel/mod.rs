@@ -16,5 +16,5 @@ pub mod sweep;
 pub mod syscall;
 pub mod tables;
 #[cfg(test)]
-mod testing;
+pub(crate) mod testing;
 pub mod writer;

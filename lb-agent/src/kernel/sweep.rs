@@ -26,6 +26,7 @@ use std::time::{Duration, Instant};
 use timeouts::Rank;
 use tracing::{debug, warn};
 
+pub(crate) use timeouts::Seen;
 pub use timeouts::Timeouts;
 
 /// Time between two sweeps when there is room.

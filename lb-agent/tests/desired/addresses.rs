@@ -1,7 +1,8 @@
 //! Which frontends a Service has.
 
 use crate::support::{World, a_slice, endpoints};
-use lb_agent::store::{Change, Node};
+use lb_agent::desired::node_port_addresses;
+use lb_agent::store::{Change, LocalAddresses, Node};
 use serde_json::{Value, json};
 use std::time::Duration;
 
@@ -160,6 +161,10 @@ fn node_ports_on_the_addresses_that_the_flag_says() {
         ("", true, ["127.0.0.1", all[0], all[1], "::1", all[2]].to_vec()),
         ("0.0.0.0/0", true, ["127.0.0.1", all[0], all[1], "::1", all[2]].to_vec()),
         ("192.0.2.8/29", false, vec!["192.0.2.9", "2001:db8::1"]),
+        ("all", true, ["127.0.0.1", all[0], all[1], "::1", all[2]].to_vec()),
+        ("0.0.0.0/0,::/0", true, ["127.0.0.1", all[0], all[1], "::1", all[2]].to_vec()),
+        ("192.0.2.8/29,0.0.0.0/0", false, all.to_vec()),
+        ("192.0.2.9/29", false, vec!["192.0.2.9", "2001:db8::1"]),
         ("192.0.2.8/29,::/0", true, vec!["192.0.2.9", "::1", "2001:db8::1"]),
         ("2001:db8::/32", false, all.to_vec()),
         ("198.51.100.0/24, fd00::/8", true, vec![]),
@@ -184,6 +189,26 @@ fn node_ports_on_the_addresses_that_the_flag_says() {
         let ips: Vec<_> =
             ports.map(|line| line.rsplit_once(':').unwrap().0.trim_matches(['[', ']']).to_owned()).collect();
         assert_eq!(ips, expected, "--nodeport-addresses {flag:?}");
+    }
+}
+
+/// The Node object says which it is, and it has to be here.
+#[test]
+fn primary_addresses() {
+    let local = ["192.0.2.1", "192.0.2.9", "2001:db8::1"];
+    for (listed, here, expected) in [
+        (&["192.0.2.9", "192.0.2.1", "2001:db8::1"][..], &local[..], &["192.0.2.9", "2001:db8::1"][..]),
+        (&[], &local, &["192.0.2.1", "2001:db8::1"]),
+        // It is not here yet, or gone for now; the other family goes its own way.
+        (&["198.51.100.1", "192.0.2.9"], &local, &["2001:db8::1"]),
+        (&["192.0.2.9", "2001:db8::9"], &local[..1], &[]),
+    ] {
+        let ips =
+            |list: &[&str]| list.iter().map(|ip| ip.parse().unwrap()).collect::<Vec<std::net::IpAddr>>();
+        let node = Node { addresses: ips(listed), ..Node::default() };
+        let local: LocalAddresses = ips(here).into_iter().collect();
+        let found = node_port_addresses(&"primary".parse().unwrap(), true, &local, &node);
+        assert_eq!(found, ips(expected), "{listed:?} {here:?}");
     }
 }
 

@@ -16,7 +16,7 @@ use xtask::probe::Ask;
 use super::api::Server;
 use super::support::{SOON, agent_exe, answered, cluster, eventually};
 
-const PORT: u16 = 32100;
+pub(crate) const PORT: u16 = 32100;
 
 /// As curl would: the head and the body of what `path` has.
 fn get(from: &Host, at: SocketAddr, path: &str) -> Result<std::io::Result<(String, String)>> {
@@ -33,7 +33,7 @@ fn get(from: &Host, at: SocketAddr, path: &str) -> Result<std::io::Result<(Strin
 }
 
 /// The answer about `default/shop` with so many endpoints.
-fn says(from: &Host, at: SocketAddr, endpoints: usize) -> Result<()> {
+pub(crate) fn says(from: &Host, at: SocketAddr, endpoints: usize) -> Result<()> {
     let (head, body) = get(from, at, "/healthz")?.with_context(|| format!("{} → {at}", from.name()))?;
     let status = if endpoints > 0 { "HTTP/1.1 200 OK\r\n" } else { "HTTP/1.1 503 Service Unavailable\r\n" };
     let weight = format!("\r\nX-Load-Balancing-Endpoint-Weight: {endpoints}");
@@ -46,7 +46,7 @@ fn says(from: &Host, at: SocketAddr, endpoints: usize) -> Result<()> {
     Ok(())
 }
 
-fn refused(from: &Host, at: SocketAddr) -> Result<()> {
+pub(crate) fn refused(from: &Host, at: SocketAddr) -> Result<()> {
     let answer = get(from, at, "/")?;
     let refused = answer.as_ref().is_err_and(|error| error.kind() == ErrorKind::ConnectionRefused);
     ensure!(refused, "{} → {at} should be refused: {answer:?}", from.name());
@@ -54,7 +54,7 @@ fn refused(from: &Host, at: SocketAddr) -> Result<()> {
 }
 
 /// `default/shop` in IPv4, for clients from outside on NodePort 30090, its endpoint of n1 in that condition.
-fn shop(cluster: &Cluster, policy: &str, here: &str) -> Result<()> {
+pub(crate) fn shop(cluster: &Cluster, policy: &str, here: &str) -> Result<()> {
     let yaml = format!(
         "apiVersion: v1\nkind: Service\nmetadata: {{ name: shop, namespace: default }}\nspec:\n  \
          type: LoadBalancer\n  clusterIP: 10.96.7.1\n  externalTrafficPolicy: {policy}\n  \

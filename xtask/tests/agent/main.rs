@@ -15,6 +15,7 @@ mod inspect;
 mod manifests;
 mod masquerade;
 mod neighbours;
+mod node_ports;
 mod paths;
 mod refusals;
 mod restart;

@@ -1,7 +1,7 @@
 //! Who is masqueraded, by ip-masq-agent's file, while the agent runs.
 
 use std::fs;
-use std::net::IpAddr;
+use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
@@ -71,6 +71,43 @@ impl Open {
         }
         Ok(())
     }
+}
+
+/// A metadata server, say: outside of the cluster, and known by a link-local address.
+#[test]
+fn link_local_destinations_are_masqueraded_to_as_asked() -> Result<()> {
+    const SERVER: &str = "169.254.77.10";
+    let mut cluster = cluster("linklocal")?;
+    route_to_pods(&cluster)?;
+    let (node, pod, inet) =
+        (cluster.lab().node(0).clone(), cluster.lab().pod(0, 0), cluster.lab().inet().clone());
+    for (host, args) in [
+        (&inet, &["address", "add", SERVER, "dev", "eth0"][..]),
+        (cluster.lab().wire(), &["route", "add", SERVER, "via", &inet.v4().to_string()]),
+    ] {
+        let status = host.command("ip").args(args).status()?;
+        ensure!(status.success(), "ip {args:?}: {status}");
+    }
+    let ask = Ask::tcp(SocketAddr::new(SERVER.parse()?, 8080)).timeout(Duration::from_millis(500));
+    let seen_as = |source: Ipv4Addr| {
+        eventually(SOON, || {
+            let answers = pod.ask(&ask)?;
+            ensure!(answers[0].source() == Some(source.into()), "{answers:?} should be from {source}");
+            Ok(())
+        })
+    };
+    let file = node.state_dir().join("ip-masq-agent");
+    let flags = ["--ip-masq-agent-config", file.to_str().context("a path in ASCII")?];
+
+    // flannel's rule.
+    seen_as(node.v4())?;
+    // ip-masq-agent's default, then what its file says.
+    cluster.restart_agent(0, &flags)?;
+    seen_as(pod.v4())?;
+    fs::write(&file, "nonMasqueradeCIDRs: []\nmasqLinkLocal: true\n")?;
+    seen_as(node.v4())?;
+    fs::write(&file, "nonMasqueradeCIDRs: []\nmasqLinkLocal: false\n")?;
+    seen_as(pod.v4())
 }
 
 #[test]

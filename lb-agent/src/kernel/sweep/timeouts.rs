@@ -58,7 +58,7 @@ impl Default for Timeouts {
 /// The packet that makes the entries does not count as [`Flow::SEEN`]: on the client's side the bit means a second
 /// packet, on the server's an answer.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub(super) struct Seen {
+pub(crate) struct Seen {
     client: u8,
     server: u8,
 }
@@ -76,7 +76,7 @@ pub(super) enum Rank {
 
 impl Seen {
     /// Adds an entry's bits.
-    pub(super) const fn add(&mut self, side: u8, state: u8) {
+    pub(crate) const fn add(&mut self, side: u8, state: u8) {
         if of_client(side) {
             self.client |= state;
         } else {
@@ -99,6 +99,21 @@ impl Seen {
 
     const fn both(self, bit: u8) -> bool {
         self.client & self.server & bit != 0
+    }
+
+    /// `nf_conntrack`'s word for it. What it has no word for, a flow whose server has answered once, is `REPLIED`.
+    pub(crate) const fn state(self, proto: u8) -> &'static str {
+        match proto {
+            TCP if self.either(RST) => "CLOSE",
+            TCP if self.both(FIN) => "TIME_WAIT",
+            TCP if self.either(FIN) => "CLOSE_WAIT",
+            TCP if self.both(SEEN) => "ESTABLISHED",
+            TCP if self.server & SEEN != 0 => "SYN_RECV",
+            TCP => "SYN_SENT",
+            _ if self.server & SEEN == 0 => "UNREPLIED",
+            UDP if self.both(SEEN) => "ASSURED",
+            _ => "REPLIED",
+        }
     }
 
     pub(super) const fn rank(self, proto: u8) -> Rank {
@@ -161,25 +176,26 @@ mod tests {
     #[test]
     fn a_flow_ends_by_what_was_seen_of_it() {
         let t = Timeouts::default();
-        for (proto, client, server, timeout, rank) in [
-            (TCP, 0, 0, t.tcp_syn_sent, Rank::Unanswered),
-            (TCP, SEEN, 0, t.tcp_syn_sent, Rank::Unanswered),
-            (TCP, 0, SEEN, t.tcp_syn_recv, Rank::Over),
-            (TCP, SEEN, SEEN, t.tcp_established, Rank::Living),
-            (TCP, SEEN | FIN, SEEN, t.tcp_close_wait, Rank::Over),
-            (TCP, SEEN, SEEN | FIN, t.tcp_close_wait, Rank::Over),
-            (TCP, SEEN | FIN, SEEN | FIN, t.tcp_time_wait, Rank::Over),
-            (TCP, SEEN | FIN | RST, SEEN | FIN, t.tcp_close, Rank::Over),
-            (TCP, 0, SEEN | RST, t.tcp_close, Rank::Over),
-            (TCP, SEEN | RST, 0, t.tcp_close, Rank::Over),
-            (UDP, SEEN, 0, t.udp, Rank::Unanswered),
-            (UDP, 0, SEEN, t.udp, Rank::Over),
-            (UDP, SEEN, SEEN, t.udp_stream, Rank::Living),
-            (1, SEEN, SEEN, t.icmp, Rank::Over),
-            (58, 0, 0, t.icmpv6, Rank::Unanswered),
+        for (proto, client, server, timeout, rank, state) in [
+            (TCP, 0, 0, t.tcp_syn_sent, Rank::Unanswered, "SYN_SENT"),
+            (TCP, SEEN, 0, t.tcp_syn_sent, Rank::Unanswered, "SYN_SENT"),
+            (TCP, 0, SEEN, t.tcp_syn_recv, Rank::Over, "SYN_RECV"),
+            (TCP, SEEN, SEEN, t.tcp_established, Rank::Living, "ESTABLISHED"),
+            (TCP, SEEN | FIN, SEEN, t.tcp_close_wait, Rank::Over, "CLOSE_WAIT"),
+            (TCP, SEEN, SEEN | FIN, t.tcp_close_wait, Rank::Over, "CLOSE_WAIT"),
+            (TCP, SEEN | FIN, SEEN | FIN, t.tcp_time_wait, Rank::Over, "TIME_WAIT"),
+            (TCP, SEEN | FIN | RST, SEEN | FIN, t.tcp_close, Rank::Over, "CLOSE"),
+            (TCP, 0, SEEN | RST, t.tcp_close, Rank::Over, "CLOSE"),
+            (TCP, SEEN | RST, 0, t.tcp_close, Rank::Over, "CLOSE"),
+            (UDP, SEEN, 0, t.udp, Rank::Unanswered, "UNREPLIED"),
+            (UDP, 0, SEEN, t.udp, Rank::Over, "REPLIED"),
+            (UDP, SEEN, SEEN, t.udp_stream, Rank::Living, "ASSURED"),
+            (1, SEEN, SEEN, t.icmp, Rank::Over, "REPLIED"),
+            (58, 0, 0, t.icmpv6, Rank::Unanswered, "UNREPLIED"),
         ] {
             let bits = seen(client, server);
-            assert_eq!((t.of(proto, bits), bits.rank(proto)), (timeout, rank), "{proto} {bits:?}");
+            let found = (t.of(proto, bits), bits.rank(proto), bits.state(proto));
+            assert_eq!(found, (timeout, rank, state), "{proto} {bits:?}");
         }
     }
 
