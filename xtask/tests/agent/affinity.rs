@@ -21,6 +21,9 @@ const TARGET: u16 = 7070;
 /// once in 60,000 times.
 const SERVICES: u16 = 10;
 
+/// Source ports that the kernel chooses for nobody, and that no server has.
+const FIRST_PORT: u16 = 1_100;
+
 /// One more, without affinity.
 const FREE: u16 = SERVICES;
 
@@ -47,7 +50,7 @@ impl Site {
             ensure!(ip.args([family, "route", "add", net, "via", &via]).status()?.success(), "routing {net}");
         }
         let servers = SERVERS.map(|(node, pod)| lab.pod(node, pod).serve_ports(&[TARGET], &[TARGET]));
-        let next_port = 33_000.into();
+        let next_port = FIRST_PORT.into();
         let site = Self { next_port, _servers: servers.into_iter().collect::<Result<_>>()?, cluster };
         site.write(timeout, &[])?;
         for to in [0, 1].map(|family| site.cluster_ip(SERVICES - 1, family)) {
