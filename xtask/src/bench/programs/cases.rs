@@ -98,7 +98,10 @@ fn established<A: Family>(
         ("ingress", Side::Back) | ("egress", Side::Forward) if flow.flags & Flow::<A>::MASQ_DONE != 0 => {
             let (client, client_port) = (flow.masq, flow.masq_port);
             let (masq, masq_port) = (flow.client, flow.client_port);
-            (Work::Rewrite, Some(Flow { client, client_port, masq, masq_port, ..flow }))
+            (
+                Work::Rewrite,
+                Some(Flow { client, client_port, alias_port: client_port, masq, masq_port, ..flow }),
+            )
         }
         _ => (Work::Pass, None),
     };
@@ -135,6 +138,7 @@ fn dnat<A: Family>(client: End) -> Flow<A> {
         backend: BACKEND.addr(),
         masq: client.addr(),
         client_port: client.port(),
+        alias_port: client.port(),
         vip_port: VIP.port(),
         backend_port: BACKEND.port(),
         masq_port: client.port(),
