@@ -99,6 +99,15 @@ pub(crate) static LB_COUNT: PerCpuArray<u64> = PerCpuArray::with_max_entries(Rea
 /// A value out of the verifier's sight: see `Kernel::launder`.
 #[map]
 pub(crate) static LB_SCRATCH: PerCpuArray<[u64; 16]> = PerCpuArray::with_max_entries(1, 0);
+/// The latest flows on each CPU, and how many there have been: IPv4, IPv6.
+#[map]
+pub(crate) static LB_RECENT4: PerCpuArray<FlowKey<Ip4>> = PerCpuArray::with_max_entries(RECENT, 0);
+#[map]
+pub(crate) static LB_RECENT6: PerCpuArray<FlowKey<Ip6>> = PerCpuArray::with_max_entries(RECENT, 0);
+#[map]
+pub(crate) static LB_BEGUN: PerCpuArray<u32> = PerCpuArray::with_max_entries(2, 0);
+/// How many flows each CPU remembers.
+pub(crate) const RECENT: u32 = 2048;
 /// Flows that are being made up: see `Tables::draft`.
 #[map]
 pub(crate) static LB_DRAFT4: PerCpuArray<Flow<Ip4>> = PerCpuArray::with_max_entries(1, 0);
@@ -126,11 +135,12 @@ pub(crate) trait Maps: Addr {
     fn range() -> &'static Array<Range<Self>>;
     fn fragments() -> &'static LruHashMap<FragmentKey<Self>, Fragment>;
     fn draft() -> &'static PerCpuArray<Flow<Self>>;
+    fn recent() -> &'static PerCpuArray<FlowKey<Self>>;
 }
 
 macro_rules! maps {
     ($addr:ty, $tuple:literal, $flows:ident, $fronts:ident, $slots:ident, $cidrs:ident, $sources:ident, $range:ident,
-     $fragments:ident, $draft:ident) => {
+     $fragments:ident, $draft:ident, $recent:ident) => {
         impl Maps for $addr {
             const TUPLE: u32 = $tuple;
 
@@ -173,12 +183,21 @@ macro_rules! maps {
             fn draft() -> &'static PerCpuArray<Flow<Self>> {
                 &$draft
             }
+
+            #[inline(always)]
+            fn recent() -> &'static PerCpuArray<FlowKey<Self>> {
+                &$recent
+            }
         }
     };
 }
 
-maps!(Ip4, 12, LB_FLOW4, LB_FRONT4, LB_SLOT4, LB_CIDR4, LB_SOURCE4, LB_RANGE4, LB_FRAG4, LB_DRAFT4);
-maps!(Ip6, 36, LB_FLOW6, LB_FRONT6, LB_SLOT6, LB_CIDR6, LB_SOURCE6, LB_RANGE6, LB_FRAG6, LB_DRAFT6);
+maps!(
+    Ip4, 12, LB_FLOW4, LB_FRONT4, LB_SLOT4, LB_CIDR4, LB_SOURCE4, LB_RANGE4, LB_FRAG4, LB_DRAFT4, LB_RECENT4
+);
+maps!(
+    Ip6, 36, LB_FLOW6, LB_FRONT6, LB_SLOT6, LB_CIDR6, LB_SOURCE6, LB_RANGE6, LB_FRAG6, LB_DRAFT6, LB_RECENT6
+);
 
 // What both kinds of programs ask.
 

@@ -2,7 +2,8 @@
 
 use crate::frames;
 use crate::tables::{
-    self, FLAGS, HASH_SEED, LB_DEVICE, LB_PORTS, LB_SCRATCH, LB_TAKEN, MASQ_FIRST, MASQ_LAST, Maps,
+    self, FLAGS, HASH_SEED, LB_BEGUN, LB_DEVICE, LB_PORTS, LB_SCRATCH, LB_TAKEN, MASQ_FIRST, MASQ_LAST, Maps,
+    RECENT,
 };
 use aya_ebpf::bindings::{
     __sk_buff, BPF_F_MARK_MANGLED_0, BPF_F_PSEUDO_HDR, TC_ACT_SHOT, TC_ACT_UNSPEC, bpf_adj_room_mode,
@@ -320,6 +321,24 @@ impl<A: Maps> Tables<A> for Around {
     fn draft(&self) -> Option<FlowRef<'_, A>> {
         // SAFETY: this CPU's own, and no program of ours interrupts another.
         A::draft().get_ptr_mut(0).and_then(NonNull::new).map(|at| unsafe { FlowRef::new(at) })
+    }
+
+    #[inline(always)]
+    fn remember(&self, forward: &FlowKey<A>) {
+        let Some(begun) = LB_BEGUN.get_ptr_mut(u32::from(!A::IS_V4)) else { return };
+        // SAFETY: this CPU's own.
+        unsafe {
+            if let Some(place) = A::recent().get_ptr_mut(*begun % RECENT) {
+                *place = *forward;
+            }
+            *begun = (*begun).wrapping_add(1);
+        }
+    }
+
+    #[inline(always)]
+    fn old_flow(&self, after: u32) -> Option<&FlowKey<A>> {
+        let begun = LB_BEGUN.get(u32::from(!A::IS_V4))?;
+        A::recent().get(begun.wrapping_add(after) % RECENT)
     }
 
     #[inline(always)]

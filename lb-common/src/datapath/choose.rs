@@ -1,8 +1,9 @@
 //! A new flow to a frontend: which backend.
 
-use super::enter::{enter, forward};
+use super::enter::{FULL, enter, forward};
 use super::ingress::{done, onward};
 use super::parse::{Headers, Kind, Wire};
+use super::reclaim::make_room;
 use super::{FlowRef, Kernel, Outcome, Packet, Put, Reason, Tables, Verdict, affinity};
 use crate::affinity::scale;
 use crate::maps::{Addr, Device, Flow, FlowKey, Frontend, FrontendKey, Set, Side, Slot, SlotKey};
@@ -61,7 +62,10 @@ pub(super) fn choose<A: Wire, P: Packet, K: Tables<A>>(
         flags: Flow::<A>::DNAT | masquerade,
         ..Flow::straight(key, kernel.now())
     });
-    let entered = enter(kernel, &draft);
+    let mut entered = enter(kernel, &draft);
+    if entered == FULL && make_room(kernel) {
+        entered = enter(kernel, &draft);
+    }
     if entered != Verdict::Pass.raw() {
         return entered;
     }

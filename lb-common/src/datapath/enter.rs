@@ -15,6 +15,9 @@ use crate::maps::{Addr, Flow, FlowKey, FrontendKey, Side, Slot};
 /// Ports tried for an alias.
 const ALIASES: u32 = 4;
 
+/// What [`enter`] says if the table is full.
+pub(super) const FULL: Outcome = Verdict::Drop(Reason::FlowTableFull).raw();
+
 /// Enters the three entries of a translated flow; the fourth comes when a port is taken for it. `Pass` if it is done.
 #[inline(never)]
 pub(super) fn enter<A: Addr, K: Tables<A>>(kernel: &K, draft: &FlowRef<'_, A>) -> Outcome {
@@ -24,9 +27,10 @@ pub(super) fn enter<A: Addr, K: Tables<A>>(kernel: &K, draft: &FlowRef<'_, A>) -
             match put_all(kernel, draft) {
                 ENTERED => {
                     kernel.count(Reason::NewFlow);
+                    kernel.remember(&draft.get().key(Side::Forward));
                     return Verdict::Pass.raw();
                 }
-                FULL => return Verdict::Drop(Reason::FlowTableFull).raw(),
+                NO_ROOM => return FULL,
                 _ => {}
             }
         }
@@ -46,7 +50,7 @@ fn connected<A: Addr, K: Tables<A>>(kernel: &K, flow: &Flow<A>) -> bool {
 
 /// What becomes of an attempt to enter.
 const ENTERED: u32 = 0;
-const FULL: u32 = 1;
+const NO_ROOM: u32 = 1;
 const TAKEN: u32 = 2;
 
 /// All or none: half of a flow that was refused would translate the replies of the one that it collided with.
@@ -86,7 +90,7 @@ fn put<A: Addr, K: Tables<A>>(kernel: &K, draft: &FlowRef<'_, A>, side: Side) ->
         }
         result => result,
     };
-    if result.is_ok() { ENTERED } else { FULL }
+    if result.is_ok() { ENTERED } else { NO_ROOM }
 }
 
 /// A UDP flow to a backend that is gone.

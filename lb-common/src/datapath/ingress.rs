@@ -5,7 +5,7 @@ use super::enter::{LOOK_ON, forget, stale, straight};
 use super::parse::{Headers, Kind, NotOurs, Wire, parse};
 use super::rewrite::{End, new_port, rewrite};
 use super::{FlowRef, Packet, Reason, Tables, Taken, Verdict, fragments, icmp_error};
-use crate::maps::{Addr, Flow, Frontend, FrontendKey, Side};
+use crate::maps::{Addr, Flow, FlowKey, Frontend, FrontendKey, Side};
 
 /// A packet comes in on a device.
 #[inline(always)]
@@ -135,12 +135,18 @@ fn not_a_service<A: Addr, K: Tables<A>>(kernel: &K, headers: &Headers<A>) -> Ver
     let ((first, last), port) = (kernel.masquerade_ports(), headers.key.dport.get());
     if matches!(headers.kind, Kind::Tcp(_))
         && (first..=last).contains(&port)
-        && kernel.was_taken(Taken::of(kernel, &headers.key))
+        && was_taken(kernel, &headers.key)
     {
         Verdict::Drop(Reason::UnknownMasquerade)
     } else {
         Verdict::Pass
     }
+}
+
+/// Whether the tuple is that of replies to a flow that we have masqueraded.
+#[inline(never)]
+fn was_taken<A: Addr, K: Tables<A>>(kernel: &K, key: &FlowKey<A>) -> bool {
+    kernel.was_taken(Taken::of(kernel, key))
 }
 
 /// Whether the address is a ClusterIP, so that what is sent to a port that it does not have is refused.

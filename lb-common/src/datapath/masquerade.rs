@@ -1,8 +1,10 @@
 //! Source translation: whether, to which address, and a port for it.
 
+use super::enter::FULL;
 use super::ingress::done;
 use super::parse::{Headers, Kind, Wire, tcp_flags};
 use super::ports::Ports;
+use super::reclaim::make_room;
 use super::rewrite::{End, rewrite};
 use super::{FlowRef, Outcome, Packet, Put, PutError, Reason, Tables, Taken, Verdict};
 use crate::addr::NetPort;
@@ -29,6 +31,10 @@ pub(super) fn new_flow<A: Wire, P: Packet, K: Tables<A>>(
     if headers.starts_flow() {
         let taken = take_port(kernel, &draft, device);
         if taken != Verdict::Pass.raw() {
+            if taken == FULL {
+                // For the next packet. (Trying again here would double what there is to verify.)
+                make_room(kernel);
+            }
             return taken;
         }
     } else if !own_port(kernel, &draft, device) {
@@ -38,9 +44,10 @@ pub(super) fn new_flow<A: Wire, P: Packet, K: Tables<A>>(
     let flow = draft.get();
     if kernel.put_flow(&forward, flow, Put::Any).is_err() {
         kernel.remove_flow(&flow.key(Side::Back));
-        return Verdict::Drop(Reason::FlowTableFull).raw();
+        return FULL;
     }
     kernel.count(Reason::NewFlow);
+    kernel.remember(&forward);
     done(rewrite(packet, headers, End::Source, flow.masq, flow.masq_port)).raw()
 }
 
@@ -125,7 +132,7 @@ fn take_port<A: Addr, K: Tables<A>>(kernel: &K, draft: &FlowRef<'_, A>, device: 
                 kernel.note_taken(Taken::of(kernel, &back));
                 return Verdict::Pass.raw();
             }
-            Err(PutError::Full) => return Verdict::Drop(Reason::FlowTableFull).raw(),
+            Err(PutError::Full) => return FULL,
             Err(PutError::Taken) => {
                 if kernel.flow(&back).is_some_and(|other| other.get().same_origin(flow)) {
                     return Verdict::Pass.raw();

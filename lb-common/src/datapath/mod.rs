@@ -13,6 +13,7 @@ mod ingress;
 mod masquerade;
 mod parse;
 mod ports;
+mod reclaim;
 mod reject;
 mod rewrite;
 #[cfg(test)]
@@ -115,11 +116,13 @@ pub enum Reason {
     NewFlow,
     /// Not dropped: a UDP flow left a backend that is gone.
     BackendGone,
+    /// Not dropped: a flow that is over was removed for a new one, because the table was full.
+    Reclaimed,
 }
 
 impl Reason {
     /// All of them, in the counters' order.
-    pub const ALL: [Self; 19] = [
+    pub const ALL: [Self; 20] = [
         Self::NoEndpoint,
         Self::NoLocalEndpoint,
         Self::NoSuchPort,
@@ -139,6 +142,7 @@ impl Reason {
         Self::Repaired,
         Self::NewFlow,
         Self::BackendGone,
+        Self::Reclaimed,
     ];
 
     /// From the counter's index.
@@ -164,6 +168,7 @@ impl Reason {
             16 => Self::Repaired,
             17 => Self::NewFlow,
             18 => Self::BackendGone,
+            19 => Self::Reclaimed,
             _ => Self::Malformed,
         }
     }
@@ -190,6 +195,7 @@ impl Reason {
             Self::Repaired => "repaired",
             Self::NewFlow => "new_flow",
             Self::BackendGone => "backend_gone",
+            Self::Reclaimed => "reclaimed",
         }
     }
 
@@ -267,6 +273,10 @@ pub trait Tables<A: Addr>: Kernel {
     fn flow(&self, key: &FlowKey<A>) -> Option<FlowRef<'_, A>>;
     /// A place to make a flow up in before it is entered: there is one, and little room on the stack.
     fn draft(&self) -> Option<FlowRef<'_, A>>;
+    /// Remembers a new flow by its [`Side::Forward`] key, in place of the oldest that is remembered.
+    fn remember(&self, forward: &FlowKey<A>);
+    /// The flow that will be forgotten after so many more.
+    fn old_flow(&self, after: u32) -> Option<&FlowKey<A>>;
     /// Enters a flow entry.
     fn put_flow(&self, key: &FlowKey<A>, flow: &Flow<A>, how: Put) -> Result<(), PutError>;
     /// Removes a flow entry if it is there.

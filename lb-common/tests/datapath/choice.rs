@@ -386,3 +386,41 @@ fn a_connection_that_was_exempt_stays_as_it_is() {
         assert_eq!(new.expect("it leaves").0.ip(), n.node);
     }
 }
+
+#[test]
+fn a_full_table_takes_new_flows_in_place_of_those_that_are_over() {
+    for v6 in BOTH {
+        let n = Net::of(v6);
+        let (vip, to) = (sock(n.vip, 80), sock(n.internet, 443));
+        for first in [L4::Tcp(SYN), L4::Udp] {
+            let mut world = cluster();
+            serve(&mut world, first.proto(v6), vip, &[(sock(n.near, 8080), true)]);
+            world.remembered.set(10);
+            world.capacity = 30;
+            let begin =
+                |world: &World, port| pass(world, CLIENT, Hook::Ingress, sock(n.pod, port), vip, first);
+            for port in 1..=10 {
+                assert!(begin(&world, port).is_some());
+            }
+            assert!(begin(&world, 11).is_none(), "all of them are young");
+            assert_eq!(world.counter(Reason::FlowTableFull), 1);
+            world.now.set(world.now.get() + 5);
+            // One has gone on.
+            let next = if first == L4::Udp { first } else { L4::Tcp(ACK) };
+            pass(&world, CLIENT, Hook::Ingress, sock(n.pod, 2), vip, next);
+            pass(&world, BACKEND, Hook::Egress, sock(n.pod, 2), sock(n.near, 8080), next);
+            pass(&world, BACKEND, Hook::Egress, sock(n.pod, 2), sock(n.near, 8080), next);
+            for port in 21..29 {
+                assert!(begin(&world, port).is_some(), "{port}");
+            }
+            assert_eq!(world.counter(Reason::Reclaimed), 8);
+            let replies =
+                pass(&world, CLIENT, Hook::Egress, sock(n.near, 8080), sock(n.pod, 2), next.answer());
+            assert_eq!(replies, Some((vip, sock(n.pod, 2))), "the one that goes on does");
+            // What is only masqueraded, too.
+            world.now.set(world.now.get() + 5);
+            let leaves = || pass(&world, UPLINK, Hook::Egress, sock(n.pod, 50), to, first);
+            assert!(leaves().is_some() || leaves().is_some(), "at the second attempt");
+        }
+    }
+}

@@ -45,7 +45,7 @@ type Entry<A> = Box<UnsafeCell<Flow<A>>>;
 
 /// One family's tables.
 #[derive(Default)]
-pub(crate) struct Family<A> {
+pub(crate) struct Family<A: 'static> {
     flows: RefCell<HashMap<FlowKey<A>, Entry<A>>>,
     /// Entries that were removed while a program runs: RCU keeps them readable.
     removed: RefCell<Vec<Entry<A>>>,
@@ -59,6 +59,8 @@ pub(crate) struct Family<A> {
     /// `loadBalancerSourceRanges`: Service, address, prefix length.
     pub(crate) sources: Vec<(u32, A, u8)>,
     pub(crate) cluster_ips: Range<A>,
+    /// New flows, one after the other.
+    begun: RefCell<Vec<&'static FlowKey<A>>>,
     fragments: RefCell<HashMap<FragmentKey<A>, &'static Fragment>>,
     draft: Entry<A>,
 }
@@ -91,6 +93,8 @@ pub(crate) struct World {
     pub(crate) affinity_capacity: usize,
     affinities: RefCell<HashMap<AffinityKey, &'static Affinity>>,
     taken: RefCell<HashMap<u32, u32>>,
+    /// How many new flows are remembered.
+    pub(crate) remembered: Cell<usize>,
     /// Packets that wait: number, the one before, the frame.
     held: RefCell<Vec<(u32, Vec<u8>)>>,
     /// Packets that were let go: whether in, and the frame.
@@ -115,6 +119,7 @@ impl World {
             affinity_capacity: usize::MAX,
             affinities: RefCell::default(),
             taken: RefCell::default(),
+            remembered: Cell::new(2048),
             held: RefCell::default(),
             released: RefCell::default(),
             ifindex: Cell::new(0),
@@ -304,6 +309,16 @@ impl<A: Fam> Tables<A> for World {
     fn draft(&self) -> Option<FlowRef<'_, A>> {
         // SAFETY: boxed, and only one program runs.
         NonNull::new(A::of(self).draft.get()).map(|at| unsafe { FlowRef::new(at) })
+    }
+
+    fn remember(&self, forward: &FlowKey<A>) {
+        A::of(self).begun.borrow_mut().push(Box::leak(Box::new(*forward)));
+    }
+
+    fn old_flow(&self, after: u32) -> Option<&FlowKey<A>> {
+        let begun = A::of(self).begun.borrow();
+        let oldest = begun.len().checked_sub(self.remembered.get())?;
+        begun.get(oldest + after as usize).copied()
     }
 
     fn put_flow(&self, key: &FlowKey<A>, flow: &Flow<A>, how: Put) -> Result<(), PutError> {
