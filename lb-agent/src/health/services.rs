@@ -180,8 +180,7 @@ impl Servers {
                 Some(owner) if owner != service => Some(format!("Service {owner} has it")),
                 _ => match self.open(service, check.port, &wanted.addresses) {
                     Ok(()) => continue,
-                    // An address that is just going, or one of IPv6 that is not sure yet to be ours alone.
-                    Err(error) if error.kind() == io::ErrorKind::AddrNotAvailable => None,
+                    Err(error) if is_passing(&error) => None,
                     Err(error) => Some(error.to_string()),
                 },
             };
@@ -205,7 +204,7 @@ impl Servers {
         owners
     }
 
-    /// Opens what is missing, as far as that works; returns the first error.
+    /// Opens what is missing, as far as that works; returns the first error that is worth telling.
     fn open(&mut self, service: &ObjectName, port: u16, addresses: &BTreeSet<IpAddr>) -> io::Result<()> {
         let mut result = Ok(());
         for address in addresses.iter().map(|ip| SocketAddr::new(*ip, port)) {
@@ -221,7 +220,7 @@ impl Servers {
                     self.open.insert(address, Server { service: service.clone(), task });
                 }
                 Ok(None) => {}
-                Err(error) if result.is_ok() => {
+                Err(error) if result.as_ref().err().is_none_or(is_passing) => {
                     result = Err(io::Error::new(error.kind(), format!("listen tcp {address}: {error}")));
                 }
                 Err(_) => {}
@@ -248,6 +247,11 @@ impl Servers {
         }
         self.checks.unavailable.store(unavailable.len(), Relaxed);
     }
+}
+
+/// An address that is just going, or one of IPv6 that is not sure yet to be ours alone.
+fn is_passing(error: &io::Error) -> bool {
+    error.kind() == io::ErrorKind::AddrNotAvailable
 }
 
 /// `None` where the kernel does not know the address's family at all.
@@ -282,6 +286,32 @@ mod tests {
         let sick = reply(&service, 2, false);
         let body = body.replace("true", "false");
         assert_eq!((sick.status.as_u16(), sick.body), (503, body));
+    }
+
+    #[tokio::test]
+    async fn a_port_that_is_taken_is_told_of_whatever_else_is_wrong() {
+        let taken = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let port = taken.local_addr().unwrap().port();
+        let mut servers = Servers {
+            checks: ServiceChecks::default(),
+            node: "n1".into(),
+            health: Health::default(),
+            events: Events::default(),
+            open: BTreeMap::new(),
+            unavailable: HashSet::new(),
+        };
+        // The first of them is nobody's, the last is free.
+        let addresses = ["100.64.77.1", "127.0.0.1", "127.0.0.2"].map(|ip| ip.parse().unwrap());
+        let checks = [(ObjectName::new("shop", "web"), Check { port, endpoints: 1 })];
+        let wanted = Wanted { addresses: addresses.into(), checks: checks.into() };
+        let unavailable = |servers: &Servers| servers.checks.samples()[0].value;
+        assert!(!servers.reconcile(&wanted).await);
+        assert_eq!((servers.open.len(), unavailable(&servers)), (1, 1.0));
+        drop(taken);
+        assert!(!servers.reconcile(&wanted).await);
+        assert_eq!((servers.open.len(), unavailable(&servers)), (2, 0.0), "what is left may come by itself");
+        assert!(servers.reconcile(&Wanted::default()).await);
+        assert_eq!(servers.open.len(), 0);
     }
 
     #[test]

@@ -4,6 +4,7 @@
 //! under an id that was never used, then the frontend is flipped to it, then the old set's slots are deleted. A
 //! program that read the frontend just before reads it once more when it misses the slot.
 
+mod cidrs;
 mod cluster_ips;
 pub(crate) mod names;
 mod sets;
@@ -17,11 +18,10 @@ use crate::store::{LocalAddresses, Node};
 use crate::sync::{Diff, Writer};
 use anyhow::{Context as _, Result};
 use aya::maps::MapError;
-use aya::maps::lpm_trie::Key;
 use cluster_ips::ClusterIps;
 use ipnet::IpNet;
 use lb_common::addr::{Ip4, Ip6, NetPort};
-use lb_common::maps::{Frontend, FrontendKey, Set, cidr};
+use lb_common::maps::{Frontend, FrontendKey, Set};
 use names::Names;
 use sets::Sets;
 use sources::Sources;
@@ -99,13 +99,64 @@ impl MapWriter {
         Ok(())
     }
 
+    /// Of a frontend that cannot be written nothing stays, or it would take the room of those that can.
     fn upsert<A: Own>(&mut self, at: &FrontendAddr, wanted: &model::Frontend) -> Result<()> {
         let service = self.names.id(&mut self.tables.names, &wanted.service)?;
+        let result = self.upsert_of::<A>(at, wanted, service);
+        if result.is_err() {
+            let unused = self.names.drop_if_unused(&mut self.tables.names, service)?;
+            if unused {
+                self.sources.forget(&mut self.tables, service)?;
+            }
+        }
+        result
+    }
+
+    fn upsert_of<A: Own>(&mut self, at: &FrontendAddr, wanted: &model::Frontend, service: u32) -> Result<()> {
         let udp = at.protocol == Protocol::Udp;
         let internal = self.sets.take::<A>(&mut self.tables, service, &wanted.internal, udp)?;
-        let external = self.sets.take::<A>(&mut self.tables, service, &wanted.external, udp)?;
+        let external = match self.sets.take::<A>(&mut self.tables, service, &wanted.external, udp) {
+            Ok(set) => set,
+            Err(error) => {
+                self.sets.release::<A>(&mut self.tables, internal)?;
+                return Err(error);
+            }
+        };
         // Before the old sets go: an endpoint that moves from one to the other must not be taken for gone.
-        let lingered = self.linger(at, service, &wanted.lingering)?;
+        let lingered = match self.linger(at, service, &wanted.lingering) {
+            Ok(lingered) => lingered,
+            Err(error) => {
+                self.sets.release::<A>(&mut self.tables, internal)?;
+                self.sets.release::<A>(&mut self.tables, external)?;
+                return Err(error);
+            }
+        };
+        let old = self.frontends.get(at).copied();
+        match self.flip::<A>(at, wanted, Frontend { internal, external, service, ..Frontend::default() }) {
+            Ok(true) => {
+                if let Some(old) = old {
+                    self.retire::<A>(at, &old)?;
+                }
+                self.end_lingering(lingered)
+            }
+            Ok(false) => {
+                // The same sets were taken once more.
+                self.sets.release::<A>(&mut self.tables, internal)?;
+                self.sets.release::<A>(&mut self.tables, external)?;
+                self.end_lingering(lingered)
+            }
+            Err(error) => {
+                self.sets.release::<A>(&mut self.tables, internal)?;
+                self.sets.release::<A>(&mut self.tables, external)?;
+                let new = self.now_lingering(at, lingered);
+                self.end_lingering(new)?;
+                Err(error)
+            }
+        }
+    }
+
+    /// Writes the frontend itself with what belongs to it, all or nothing. Returns whether it was another one before.
+    fn flip<A: Own>(&mut self, at: &FrontendAddr, wanted: &model::Frontend, sets: Frontend) -> Result<bool> {
         let mut flags = 0;
         for (set, bit) in
             [(&wanted.internal, Frontend::INTERNAL_DROP), (&wanted.external, Frontend::EXTERNAL_DROP)]
@@ -121,54 +172,49 @@ impl MapWriter {
             flags |= Frontend::SOCKETS_ONLY;
         }
         if let Some(sources) = &wanted.sources {
-            self.sources.set(&mut self.tables, service, A::IS_V4, &sources.ranges)?;
+            self.sources.set(&mut self.tables, sets.service, A::IS_V4, &sources.ranges)?;
             flags |= Frontend::SOURCE_RANGES;
             if !sources.node {
                 flags |= Frontend::NODE_OUTSIDE_RANGES;
             }
         }
         let value = Frontend {
-            internal,
-            external,
-            service,
             affinity: wanted.affinity.map_or(0, |t| u32::try_from(t.as_secs()).unwrap_or(u32::MAX)),
             flags,
             kind: kind(wanted.kind),
-            pad: 0,
+            ..sets
         };
-        let old = self.frontends.get(at).copied();
-        if old != Some(value) {
-            let key = frontend_key::<A>(at)?;
-            A::tables(&mut self.tables)
-                .frontends
-                .insert(key, value, 0)
-                .with_context(|| format!("write the frontend {} {}", at.addr, at.protocol))?;
-            self.frontends.insert(*at, value);
-            self.names.hold(service);
-            self.hold_address::<A>(at, &value)?;
-        } else {
-            // The same sets were taken once more.
-            self.sets.release::<A>(&mut self.tables, internal)?;
-            self.sets.release::<A>(&mut self.tables, external)?;
-            return self.end_lingering(lingered);
+        if self.frontends.get(at) == Some(&value) {
+            return Ok(false);
         }
-        if let Some(old) = old {
-            self.retire::<A>(at, &old)?;
+        let key = frontend_key::<A>(at)?;
+        self.hold_address::<A>(at, &value)?;
+        if let Err(error) = A::tables(&mut self.tables).frontends.insert(key, value, 0) {
+            self.release_address::<A>(at, &value)?;
+            return Err(error).with_context(|| format!("write the frontend {} {}", at.addr, at.protocol));
         }
-        self.end_lingering(lingered)
+        self.frontends.insert(*at, value);
+        self.names.hold(sets.service);
+        Ok(true)
     }
 
     /// Keeps backends that get nothing new alive for the flows that they have. Returns those of before.
     fn linger(&mut self, at: &FrontendAddr, service: u32, addrs: &Arc<[SocketAddr]>) -> Result<Lingering> {
-        for addr in addrs.iter() {
-            self.sets.hold_backend(&mut self.tables, service, *addr)?;
+        for (held, addr) in addrs.iter().enumerate() {
+            if let Err(error) = self.sets.hold_backend(&mut self.tables, service, *addr) {
+                self.end_lingering(Some((service, addrs[..held].into())))?;
+                return Err(error);
+            }
         }
-        let new = (!addrs.is_empty()).then(|| (service, addrs.clone()));
-        let old = match new {
+        Ok(self.now_lingering(at, (!addrs.is_empty()).then(|| (service, addrs.clone()))))
+    }
+
+    /// Notes them, and returns those of before.
+    fn now_lingering(&mut self, at: &FrontendAddr, new: Lingering) -> Lingering {
+        match new {
             Some(new) => self.lingering.insert(*at, new),
             None => self.lingering.remove(at),
-        };
-        Ok(old)
+        }
     }
 
     fn end_lingering(&mut self, old: Lingering) -> Result<()> {
@@ -189,10 +235,7 @@ impl MapWriter {
 
     /// Lets go of what a frontend value that is no longer in the map used.
     fn retire<A: Own>(&mut self, at: &FrontendAddr, old: &Frontend) -> Result<()> {
-        if old.kind == kind(FrontendKind::ClusterIp) {
-            let (tables, ips) = A::cluster_ips(self);
-            ips.release(tables, addr(at.addr.ip())?)?;
-        }
+        self.release_address::<A>(at, old)?;
         self.sets.release::<A>(&mut self.tables, old.internal)?;
         self.sets.release::<A>(&mut self.tables, old.external)?;
         if self.names.release(&mut self.tables.names, old.service)? {
@@ -209,59 +252,10 @@ impl MapWriter {
         Ok(())
     }
 
-    fn write_cidrs(&mut self, node: &Node) -> Result<()> {
-        let cluster = if self.cluster.is_empty() { &node.pod_cidrs } else { &self.cluster };
-        let mut wanted: BTreeMap<IpNet, u32> = BTreeMap::new();
-        for net in cluster {
-            *wanted.entry(net.trunc()).or_default() |= cidr::CLUSTER;
-        }
-        let bit = cidr::NO_MASQUERADE;
-        let inherited = self.written_cidrs.iter().filter(|(_, bits)| self.inherit && **bits & bit != 0);
-        let inherited: Vec<_> = inherited.map(|(net, _)| *net).collect();
-        for net in if inherited.is_empty() { &self.no_masquerade } else { &inherited } {
-            *wanted.entry(net.trunc()).or_default() |= bit;
-        }
-        // The longest match wins in the map: a prefix has all the bits of those that contain it.
-        let nets: Vec<_> = wanted.iter().map(|(net, bits)| (*net, *bits)).collect();
-        for (net, bits) in &mut wanted {
-            for (outer, outer_bits) in &nets {
-                if outer.contains(net) {
-                    *bits |= outer_bits;
-                }
-            }
-        }
-        for (net, bits) in &wanted {
-            if self.written_cidrs.get(net) != Some(bits) {
-                match net {
-                    IpNet::V4(n) => self.tables.v4.cidrs.insert(&key4(n), bits, 0),
-                    IpNet::V6(n) => self.tables.v6.cidrs.insert(&key6(n), bits, 0),
-                }
-                .with_context(|| format!("write the address range {net}"))?;
-            }
-        }
-        for net in self.written_cidrs.keys().filter(|net| !wanted.contains_key(net)) {
-            gone(match net {
-                IpNet::V4(n) => self.tables.v4.cidrs.remove(&key4(n)),
-                IpNet::V6(n) => self.tables.v6.cidrs.remove(&key6(n)),
-            })
-            .with_context(|| format!("delete the address range {net}"))?;
-        }
-        self.written_cidrs = wanted;
-        Ok(())
-    }
-
-    fn adopt_cidrs(&mut self) -> Result<()> {
-        for entry in self.tables.v4.cidrs.iter() {
-            let (key, bits) = entry.context("read the address ranges")?;
-            if let Ok(net) = IpNet::new(key.data().into(), key.prefix_len() as u8) {
-                self.written_cidrs.insert(net, bits);
-            }
-        }
-        for entry in self.tables.v6.cidrs.iter() {
-            let (key, bits) = entry.context("read the address ranges")?;
-            if let Ok(net) = IpNet::new(key.data().into(), key.prefix_len() as u8) {
-                self.written_cidrs.insert(net, bits);
-            }
+    fn release_address<A: Own>(&mut self, at: &FrontendAddr, value: &Frontend) -> Result<()> {
+        if value.kind == kind(FrontendKind::ClusterIp) {
+            let (tables, ips) = A::cluster_ips(self);
+            ips.release(tables, addr(at.addr.ip())?)?;
         }
         Ok(())
     }
@@ -281,6 +275,8 @@ impl Writer for MapWriter {
                 SocketAddr::V6(_) => self.hold_address::<Ip6>(at, frontend)?,
             }
         }
+        self.names.drop_orphans(&mut self.tables.names)?;
+        self.sources.drop_orphans(&mut self.tables, &self.names)?;
         self.sets.drop_orphans(&mut self.tables)?;
         self.cluster_ips4.drop_orphans(&mut self.tables)?;
         self.cluster_ips6.drop_orphans(&mut self.tables)?;
@@ -288,20 +284,30 @@ impl Writer for MapWriter {
         Ok(self.frontends.keys().copied().collect())
     }
 
+    /// One that cannot be written keeps no other from being written, and least of all from being deleted: that may be
+    /// what makes room for it.
     fn apply(&mut self, diff: &Diff) -> Result<()> {
+        let mut failed = Vec::new();
         for (at, frontend) in &diff.upserts {
-            match at.addr {
-                SocketAddr::V4(_) => self.upsert::<Ip4>(at, frontend)?,
-                SocketAddr::V6(_) => self.upsert::<Ip6>(at, frontend)?,
-            }
+            let result = match at.addr {
+                SocketAddr::V4(_) => self.upsert::<Ip4>(at, frontend),
+                SocketAddr::V6(_) => self.upsert::<Ip6>(at, frontend),
+            };
+            failed.extend(result.err());
         }
         for at in &diff.deletes {
-            match at.addr {
-                SocketAddr::V4(_) => self.delete::<Ip4>(at)?,
-                SocketAddr::V6(_) => self.delete::<Ip6>(at)?,
-            }
+            let result = match at.addr {
+                SocketAddr::V4(_) => self.delete::<Ip4>(at),
+                SocketAddr::V6(_) => self.delete::<Ip6>(at),
+            };
+            failed.extend(result.err());
         }
-        self.sets.settle(&mut self.tables)
+        let count = failed.len();
+        match failed.into_iter().next() {
+            None => self.sets.settle(&mut self.tables),
+            Some(first) if count > 1 => Err(first.context(format!("{count} failures, the first"))),
+            Some(only) => Err(only),
+        }
     }
 
     fn no_masquerade(&mut self, ranges: Vec<IpNet>) {
@@ -333,14 +339,6 @@ impl Own for Ip6 {
     fn cluster_ips(writer: &mut MapWriter) -> (&mut Tables, &mut ClusterIps<Self>) {
         (&mut writer.tables, &mut writer.cluster_ips6)
     }
-}
-
-fn key4(net: &ipnet::Ipv4Net) -> Key<Ip4> {
-    Key::new(u32::from(net.prefix_len()), net.network().into())
-}
-
-fn key6(net: &ipnet::Ipv6Net) -> Key<Ip6> {
-    Key::new(u32::from(net.prefix_len()), net.network().into())
 }
 
 fn frontend_key<A: NodeAddr>(at: &FrontendAddr) -> Result<FrontendKey<A>> {

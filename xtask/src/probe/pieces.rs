@@ -2,19 +2,19 @@
 
 use std::io;
 use std::net::{IpAddr, SocketAddr, UdpSocket};
-use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::Duration;
 
 use etherparse::err::ValueTooBigError;
 use etherparse::{IpFragOffset, IpNumber, Ipv4Header, Ipv6FragmentHeader, Ipv6Header, UdpHeader};
+use nix::time::{ClockId, clock_gettime};
 use serde::{Deserialize, Serialize};
 use socket2::{Domain, Protocol, Socket, Type};
 
 /// Bytes of the datagram in each fragment: less than any path in the lab allows.
-const PIECE: usize = 1024;
+const PIECE: usize = 1368;
 
 /// Between two fragments, so that their order is the one they are sent in, whichever CPUs they pass by.
-const PAUSE: Duration = Duration::from_micros(500);
+const PAUSE: Duration = Duration::from_micros(200);
 
 const HOPS: u8 = 64;
 
@@ -55,9 +55,9 @@ impl Order {
 
 /// Sends what `socket` would send to its peer. The kernel takes part in the first hop's routing only.
 pub(super) fn send(socket: &UdpSocket, payload: &[u8], order: Order) -> io::Result<()> {
-    static NEXT: AtomicU32 = AtomicU32::new(0);
     let (from, to) = (socket.local_addr()?, socket.peer_addr()?);
-    let id = (std::process::id() << 8).wrapping_add(NEXT.fetch_add(1, Ordering::Relaxed));
+    // Milliseconds: 16 bits of them come again after a minute, when no datagram is left that had the same.
+    let id = Duration::from(clock_gettime(ClockId::CLOCK_MONOTONIC)?).as_millis() as u32;
     let packets = packets(from, to, id, payload).map_err(io::Error::other)?;
     // This protocol means that packets come with their IP headers.
     let raw = Socket::new(Domain::for_address(to), Type::RAW, Some(Protocol::from(libc::IPPROTO_RAW)))?;

@@ -11,7 +11,7 @@ use xtask::probe::{Ask, Ping};
 use super::support::{SOON, answered, cluster, dns, eventually};
 
 /// A dozen packets and more.
-const LARGE: usize = 20_000;
+pub(crate) const LARGE: usize = 20_000;
 
 /// Datagrams of that size are answered by others of that size, by all of these servers, and none is lost.
 pub(crate) fn arrive(from: &Host, ask: Ask, servers: &[&str]) -> Result<()> {

@@ -18,5 +18,6 @@ mod neighbours;
 mod node_ports;
 mod paths;
 mod refusals;
+mod reordered;
 mod restart;
 mod support;

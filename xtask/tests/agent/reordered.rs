@@ -6,20 +6,17 @@ use anyhow::{Context, Result};
 use xtask::lab::Host;
 use xtask::probe::{Ask, Order};
 
-use super::fragments::arrive;
+use super::fragments::{LARGE, arrive, server};
 use super::support::{cluster, dns};
-
-/// Five fragments.
-const SIZE: usize = 5_000;
 
 /// In flows that begin so, and in flows that there are.
 fn arrive_in_any_order(from: &Host, to: SocketAddr) -> Result<()> {
     let both = ["dns-1", "dns-2"];
-    arrive(from, Ask::udp(to).echo(SIZE).pieces(Order::Straight), &both)?;
+    arrive(from, Ask::udp(to).echo(LARGE).pieces(Order::Straight), &both)?;
     for (order, port) in Order::ODD.into_iter().zip(40_010..) {
-        let ask = Ask::udp(to).echo(SIZE).pieces(order);
+        let ask = Ask::udp(to).echo(LARGE).pieces(order);
         arrive(from, ask.clone(), &both).with_context(|| format!("{order:?}"))?;
-        let server = super::fragments::server(from, to, port)?;
+        let server = server(from, to, port)?;
         arrive(from, ask.source_port(port).keep(), &[&server]).with_context(|| format!("{order:?}, kept"))?;
     }
     Ok(())

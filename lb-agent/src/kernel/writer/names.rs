@@ -43,6 +43,28 @@ impl Names {
         Ok(id)
     }
 
+    /// Removes names that a killed agent left behind, once all that are used are held.
+    pub(super) fn drop_orphans(&mut self, map: &mut Map) -> Result<()> {
+        let orphans: Vec<_> = self.held.iter().filter(|(_, (_, n))| *n == 0).map(|(id, _)| *id).collect();
+        orphans.into_iter().try_for_each(|id| self.drop_if_unused(map, id).map(drop))
+    }
+
+    pub(super) fn is_known(&self, id: u32) -> bool {
+        self.held.contains_key(&id)
+    }
+
+    /// Removes the name if nobody holds it. Whether it is gone.
+    pub(super) fn drop_if_unused(&mut self, map: &mut Map, id: u32) -> Result<bool> {
+        if self.held.get(&id).is_none_or(|(_, count)| *count > 0) {
+            return Ok(false);
+        }
+        if let Some((service, _)) = self.held.remove(&id) {
+            self.ids.remove(&service);
+            gone(map.remove(&id)).with_context(|| format!("delete the name of {service}"))?;
+        }
+        Ok(true)
+    }
+
     pub(super) fn hold(&mut self, id: u32) {
         if let Some((_, count)) = self.held.get_mut(&id) {
             *count += 1;
@@ -53,14 +75,7 @@ impl Names {
     pub(super) fn release(&mut self, map: &mut Map, id: u32) -> Result<bool> {
         let Some((_, count)) = self.held.get_mut(&id) else { return Ok(false) };
         *count = count.saturating_sub(1);
-        if *count == 0
-            && let Some((service, _)) = self.held.remove(&id)
-        {
-            self.ids.remove(&service);
-            gone(map.remove(&id)).with_context(|| format!("delete the name of {service}"))?;
-            return Ok(true);
-        }
-        Ok(false)
+        self.drop_if_unused(map, id)
     }
 }
 

@@ -6,7 +6,7 @@ use crate::model::{Endpoint, EndpointSet, FrontendAddr};
 use anyhow::{Context as _, Result, bail};
 use lb_common::addr::{Ip4, Ip6, NetPort};
 use lb_common::maps::{Frontend, Set, Slot, SlotKey};
-use std::collections::{BTreeMap, HashMap};
+use std::collections::{BTreeMap, HashMap, HashSet};
 use std::net::SocketAddr;
 use std::sync::Arc;
 use std::sync::mpsc::SyncSender;
@@ -68,26 +68,64 @@ impl Sets {
         let id = self.last.checked_add(1).context("set ids are used up: remove the pinned maps")?;
         self.last = id;
         for (index, endpoint) in (0..).zip(endpoints.iter()) {
-            let (backend_id, backend_epoch) =
-                if udp { self.backend(tables, service, endpoint.addr)? } else { (0, 0) };
-            let slot = Slot {
-                addr: addr::<A>(endpoint.addr.ip())?,
-                port: NetPort::new(endpoint.addr.port()),
-                flags: if endpoint.local { Slot::<A>::LOCAL } else { 0 },
-                backend_id,
-                backend_epoch,
-                pad: 0,
-            };
-            A::tables(tables)
-                .slots
-                .insert(SlotKey { set: id, index }, slot, 0)
-                .with_context(|| format!("write the endpoint {}", endpoint.addr))?;
+            if let Err(error) =
+                self.write_slot::<A>(tables, service, SlotKey { set: id, index }, endpoint, udp)
+            {
+                self.undo::<A>(tables, service, id, &endpoints[..index as usize], udp)?;
+                return Err(error);
+            }
         }
         self.by_content.insert(content, id);
         let held =
             Held { service, endpoints: Arc::clone(endpoints), udp, v4: A::IS_V4, frontends: 1, slots: count };
         self.by_id.insert(id, held);
         Ok(Set { id, count })
+    }
+
+    fn write_slot<A: NodeAddr>(
+        &mut self,
+        tables: &mut Tables,
+        service: u32,
+        key: SlotKey,
+        endpoint: &Endpoint,
+        udp: bool,
+    ) -> Result<()> {
+        let ip = addr::<A>(endpoint.addr.ip())?;
+        let (backend_id, backend_epoch) =
+            if udp { self.backend(tables, service, endpoint.addr)? } else { (0, 0) };
+        let slot = Slot {
+            addr: ip,
+            port: NetPort::new(endpoint.addr.port()),
+            flags: if endpoint.local { Slot::<A>::LOCAL } else { 0 },
+            backend_id,
+            backend_epoch,
+            pad: 0,
+        };
+        if let Err(error) = A::tables(tables).slots.insert(key, slot, 0) {
+            if udp {
+                self.release_backend(tables, service, endpoint.addr)?;
+            }
+            return Err(error).with_context(|| format!("write the endpoint {}", endpoint.addr));
+        }
+        Ok(())
+    }
+
+    /// Takes back a set of which only that much could be written.
+    fn undo<A: NodeAddr>(
+        &mut self,
+        tables: &mut Tables,
+        service: u32,
+        id: u32,
+        written: &[Endpoint],
+        udp: bool,
+    ) -> Result<()> {
+        for (index, endpoint) in (0..).zip(written) {
+            gone(A::tables(tables).slots.remove(&SlotKey { set: id, index })).context("delete a slot")?;
+            if udp {
+                self.release_backend(tables, service, endpoint.addr)?;
+            }
+        }
+        Ok(())
     }
 
     /// Gives back one use of a set; the last one deletes its slots.
@@ -112,15 +150,16 @@ impl Sets {
 
     /// Backends that are in no set but that flows go to: a former agent may have kept them for those flows.
     fn adopt_lingering<A: NodeAddr>(&mut self, tables: &mut Tables) -> Result<()> {
-        let mut found = HashMap::new();
+        // Of a backend that came back there are flows of former epochs, too.
+        let mut found = HashSet::new();
         A::tables(tables).for_each_flow(|_, flow| {
             if flow.backend_id != 0 {
                 let at = (flow.service, socket_addr(flow.backend, flow.backend_port));
-                found.insert(at, (flow.backend_id, flow.backend_epoch));
+                found.insert((at, flow.backend_id, flow.backend_epoch));
             }
             Ok(())
         })?;
-        for (at, (id, epoch)) in found {
+        for (at, id, epoch) in found {
             if !self.backends.contains_key(&at) && tables.epochs.get(&id, 0).is_ok_and(|now| now == epoch) {
                 self.last_backend = self.last_backend.max(id);
                 self.backends.insert(at, Backend { id, epoch, sets: 0 });
@@ -251,7 +290,7 @@ impl Sets {
         }
         self.adopt_lingering::<Ip4>(tables)?;
         self.adopt_lingering::<Ip6>(tables)?;
-        let used: std::collections::HashSet<u32> = self.backends.values().map(|b| b.id).collect();
+        let used: HashSet<u32> = self.backends.values().map(|b| b.id).collect();
         for (id, epoch) in std::mem::take(&mut self.orphans) {
             if !used.contains(&id) {
                 tables.epochs.set(id, epoch.wrapping_add(1), 0).context("raise a backend's epoch")?;

@@ -1,6 +1,8 @@
 //! `loadBalancerSourceRanges` in the map: which clients a Service port's load balancer addresses admit.
 
-use super::{gone, key4, key6};
+use super::cidrs::{key4, key6};
+use super::gone;
+use super::names::Names;
 use crate::kernel::tables::{NodeAddr, Tables};
 use anyhow::{Context as _, Result};
 use aya::maps::lpm_trie::Key;
@@ -58,6 +60,12 @@ impl Sources {
             known.remove(&range);
         }
         Ok(())
+    }
+
+    /// Removes those of Service ports that are gone, which a killed agent left behind.
+    pub(super) fn drop_orphans(&mut self, tables: &mut Tables, names: &Names) -> Result<()> {
+        let orphans: Vec<_> = self.0.keys().filter(|id| !names.is_known(**id)).copied().collect();
+        orphans.into_iter().try_for_each(|service| self.forget(tables, service))
     }
 
     /// Removes all of a Service port that is gone.

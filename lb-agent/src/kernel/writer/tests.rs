@@ -1,5 +1,7 @@
 //! Against real maps, in a BPF file system of the test's own.
 
+mod failures;
+
 use super::MapWriter;
 use crate::kernel::pins::Pins;
 use crate::kernel::programs::{MAPS, OBJECT};
@@ -32,6 +34,11 @@ struct Bpffs {
 
 impl Bpffs {
     fn new() -> Self {
+        Self::sized(&[])
+    }
+
+    /// With room for so much in some of the maps.
+    fn sized(sizes: &[(&'static str, u32)]) -> Self {
         unshare(CloneFlags::CLONE_NEWNS).expect(WHY_ROOT);
         let private = MsFlags::MS_REC | MsFlags::MS_PRIVATE;
         mount(None::<&str>, "/", None::<&str>, private, None::<&str>).expect(WHY_ROOT);
@@ -40,6 +47,9 @@ impl Bpffs {
         let mut loader = EbpfLoader::new();
         for map in MAPS {
             loader.map_pin_path(map, pins.map(map));
+        }
+        for (map, entries) in sizes {
+            loader.map_max_entries(map, *entries);
         }
         loader.load(OBJECT).expect(WHY_ROOT);
         Self { dir, pins }
