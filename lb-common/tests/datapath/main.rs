@@ -2,7 +2,6 @@
 //! built. The same logic runs in the kernel; `lb-agent/tests/programs` compares the two.
 
 #[path = "../support/mod.rs"]
-#[expect(dead_code, reason = "the program tests use the rest")]
 mod support;
 
 mod choice;
