@@ -270,7 +270,8 @@ async fn the_main_loop_says_what_is_wanted() {
     events.send(Event::Synced { partial: false }).await.unwrap();
     assert_eq!(asked(address).await, ("web".into(), 2));
     let text = metrics.render(&health);
-    assert!(text.contains("\nlb_unserved 1\n"), "the SCTP port is not in\n{text}");
+    let counted = "\nlb_unserved{reason=\"UnsupportedProtocol\"} 1\n";
+    assert!(text.contains(counted), "the SCTP port is not in\n{text}");
 
     send(vec![pods(&["node-b"])]).await;
     let falling = async { while asked(address).await.1 != 0 {} };
