@@ -1,40 +1,53 @@
 //! Flows that would be one and the same behind the Service: one port of the client to several addresses of one backend.
 
 use std::net::{SocketAddr, UdpSocket};
+use std::sync::LazyLock;
 use std::thread::ScopedJoinHandle;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
 use xtask::demo::Cluster;
 use xtask::lab::Host;
-use xtask::probe::{Answer, Ask, Failure, Lines};
+use xtask::probe::{Answer, Ask, Failure, Lines, Server};
 
 use super::support::{SOON, answered, cluster, eventually};
 
 /// The server's port.
 const TARGET: u16 = 7070;
 
-/// Two Services with one and the same backend, and it.
+/// On each node a pod that is the backend of two Services.
 struct Site {
     cluster: Cluster,
-    _server: xtask::probe::Server,
-    backend: [SocketAddr; 2],
+    _servers: Vec<Server>,
 }
 
+/// Never dropped: the lab's reaper takes it down when the tests have ended.
+static SITE: LazyLock<Result<Site>> = LazyLock::new(Site::start);
+
 impl Site {
-    /// The backend runs in n1p3 or n2p3.
-    fn start(name: &str, node: usize) -> Result<Self> {
-        let cluster = cluster(name)?;
-        let pod = cluster.lab().pod(node, 2);
-        let server = pod.serve_ports(&[TARGET], &[TARGET])?;
-        for number in [1, 2] {
-            cluster.write(&format!("twin{number}.yaml"), &twin(number, &pod))?;
+    fn start() -> Result<Self> {
+        let cluster = cluster("collide")?;
+        let pods = [0, 1].map(|node| cluster.lab().pod(node, 2));
+        let servers = pods.iter().map(|pod| pod.serve_ports(&[TARGET], &[TARGET])).collect::<Result<_>>()?;
+        for number in [1, 2, 3, 4] {
+            let backend = &pods[usize::from(number > 2)];
+            cluster.write(&format!("twin{number}.yaml"), &twin(number, backend))?;
         }
-        let site = Self { cluster, _server: server, backend: pod.at(TARGET) };
-        for to in [site.cluster_ip(1), site.cluster_ip(2)].concat() {
+        let site = Self { cluster, _servers: servers };
+        for to in [1, 2, 3, 4].map(|number| site.cluster_ip(number)).concat() {
             eventually(SOON, || answered(&site.pod(), &Ask::tcp(to)).map(drop))?;
         }
         Ok(site)
+    }
+
+    fn shared() -> Result<&'static Self> {
+        SITE.as_ref().map_err(|e| anyhow::anyhow!("{e:#}"))
+    }
+
+    /// The Services of the pod here, and of the pod there, by number; and the pod, at its port.
+    fn backends(&self) -> [(u16, u16, [SocketAddr; 2]); 2] {
+        let at = |node| self.cluster.lab().pod(node, 2).at(TARGET);
+        [(1, 2, at(0)), (3, 4, at(1))]
     }
 
     fn pod(&self) -> Host {
@@ -151,65 +164,50 @@ fn both_work(from: &Host, one: Ask, other: Ask, port: u16) -> Result<()> {
     Ok(())
 }
 
-fn from_a_pod(name: &str, backend_on: usize) -> Result<()> {
-    let (site, mut pairs) = (Site::start(name, backend_on)?, Vec::new());
-    for family in [0, 1] {
-        let (one, other) = (site.cluster_ip(1)[family], site.cluster_ip(2)[family]);
-        let straight = site.backend[family];
-        pairs.extend([
-            (Ask::tcp(one), Ask::tcp(other), 40_000),
-            (Ask::tcp(one), Ask::tcp(straight), 40_001),
-            (Ask::tcp(straight), Ask::tcp(one), 40_002),
-            (Ask::udp(one), Ask::udp(other), 40_003),
-            (Ask::udp(one), Ask::udp(straight), 40_004),
-        ]);
+#[test]
+fn one_port_of_a_pod_to_one_backend() -> Result<()> {
+    let (site, mut pairs) = (Site::shared()?, Vec::new());
+    for ((one, other, backend), first) in site.backends().into_iter().zip([40_000, 40_010]) {
+        for family in [0, 1] {
+            let (one, other) = (site.cluster_ip(one)[family], site.cluster_ip(other)[family]);
+            let straight = backend[family];
+            pairs.extend([
+                (Ask::tcp(one), Ask::tcp(other), first),
+                (Ask::tcp(one), Ask::tcp(straight), first + 1),
+                (Ask::tcp(straight), Ask::tcp(one), first + 2),
+                (Ask::udp(one), Ask::udp(other), first + 3),
+                (Ask::udp(one), Ask::udp(straight), first + 4),
+            ]);
+        }
     }
     all_work(&site.pod(), pairs)
 }
 
 #[test]
-fn one_port_of_a_pod_to_a_backend_here() -> Result<()> {
-    from_a_pod("colhere", 0)
-}
-
-#[test]
-fn one_port_of_a_pod_to_a_backend_there() -> Result<()> {
-    from_a_pod("colthere", 1)
-}
-
-fn from_outside(name: &str, backend_on: usize) -> Result<()> {
-    let (site, mut pairs) = (Site::start(name, backend_on)?, Vec::new());
-    for family in [0, 1] {
-        let (node, other) = (site.node_port(1)[family], site.node_port(2)[family]);
-        let balancer = site.load_balancer(1)[family];
-        pairs.extend([
-            (Ask::tcp(node), Ask::tcp(balancer), 40_000),
-            (Ask::tcp(node), Ask::tcp(other), 40_001),
-            (Ask::udp(node), Ask::udp(balancer), 40_002),
-            (Ask::udp(node), Ask::udp(other), 40_003),
-        ]);
+fn one_port_from_outside_to_one_backend() -> Result<()> {
+    let (site, mut pairs) = (Site::shared()?, Vec::new());
+    for ((one, other, _), first) in site.backends().into_iter().zip([40_000, 40_010]) {
+        for family in [0, 1] {
+            let (node, other) = (site.node_port(one)[family], site.node_port(other)[family]);
+            let balancer = site.load_balancer(one)[family];
+            pairs.extend([
+                (Ask::tcp(node), Ask::tcp(balancer), first),
+                (Ask::tcp(node), Ask::tcp(other), first + 1),
+                (Ask::udp(node), Ask::udp(balancer), first + 2),
+                (Ask::udp(node), Ask::udp(other), first + 3),
+            ]);
+        }
     }
     all_work(site.cluster.lab().client(), pairs)
-}
-
-#[test]
-fn one_port_from_outside_to_a_backend_here() -> Result<()> {
-    from_outside("outhere", 0)
-}
-
-#[test]
-fn one_port_from_outside_to_a_backend_there() -> Result<()> {
-    from_outside("outthere", 1)
 }
 
 /// One unconnected socket: each answer comes from the address that was asked.
 #[test]
 fn one_socket_talks_to_all_of_a_backends_addresses() -> Result<()> {
-    for backend_on in [0, 1] {
-        let site = Site::start("colsock", backend_on)?;
-        for family in [0, 1] {
-            let all = [site.cluster_ip(1), site.backend, site.cluster_ip(2)].map(|to| to[family]);
-            let any = ["0.0.0.0:40005", "[::]:40005"][family];
+    let site = Site::shared()?;
+    for (one, other, backend) in site.backends() {
+        for (family, any) in ["0.0.0.0:0", "[::]:0"].into_iter().enumerate() {
+            let all = [site.cluster_ip(one), backend, site.cluster_ip(other)].map(|to| to[family]);
             site.pod().run_in(|| {
                 let socket = UdpSocket::bind(any)?;
                 socket.set_read_timeout(Some(Duration::from_secs(1)))?;

@@ -50,14 +50,12 @@ fn large_datagrams_arrive_both_ways() -> Result<()> {
             arrive(client, large(node.at(30053)).source_port(port).keep(), &[&server])?;
         }
     }
-    Ok(())
+    pings(&pod, inet)
 }
 
-#[test]
-fn large_echo_requests_are_masqueraded() -> Result<()> {
-    let cluster = cluster("bigping")?;
-    let (pod, inet) = (cluster.lab().pod(0, 0), cluster.lab().inet().ips());
-    for to in inet {
+/// Large echo requests, and their answers.
+fn pings(pod: &Host, inet: &Host) -> Result<()> {
+    for to in inet.ips() {
         let ping = Ping::new(to).size(8000);
         eventually(SOON, || {
             let first = pod.ping(&ping)?;

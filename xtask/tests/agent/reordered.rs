@@ -1,6 +1,7 @@
 //! Fragments that come in another order than that of the datagram.
 
 use std::net::SocketAddr;
+use std::thread::ScopedJoinHandle;
 
 use anyhow::{Context, Result};
 use xtask::lab::Host;
@@ -23,14 +24,18 @@ fn arrive_in_any_order(from: &Host, to: SocketAddr) -> Result<()> {
 }
 
 #[test]
-fn fragments_of_a_pod_arrive_in_any_order() -> Result<()> {
-    let cluster = cluster("fragpod")?;
-    dns().into_iter().try_for_each(|to| arrive_in_any_order(&cluster.lab().pod(0, 0), to))
-}
-
-#[test]
-fn fragments_from_outside_arrive_in_any_order() -> Result<()> {
-    let cluster = cluster("fragout")?;
-    let node = cluster.lab().node(0);
-    node.at(30053).into_iter().try_for_each(|to| arrive_in_any_order(cluster.lab().client(), to))
+fn fragments_arrive_in_any_order() -> Result<()> {
+    let cluster = cluster("fragany")?;
+    let (pod, client) = (cluster.lab().pod(0, 0), cluster.lab().client());
+    let node_port = cluster.lab().node(0).at(30053);
+    std::thread::scope(|scope| {
+        let both = |from, to: [SocketAddr; 2]| {
+            scope.spawn(move || to.into_iter().try_for_each(|to| arrive_in_any_order(from, to)))
+        };
+        let threads = [both(&pod, dns()), both(client, node_port)];
+        let join = |thread: ScopedJoinHandle<'_, _>| {
+            thread.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))
+        };
+        threads.into_iter().try_for_each(join)
+    })
 }
