@@ -2,6 +2,7 @@
 
 use std::collections::BTreeSet;
 use std::net::SocketAddr;
+use std::sync::atomic::{AtomicU16, Ordering};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
@@ -13,7 +14,7 @@ use xtask::system::{ensure_debian_packages, find_program, output};
 
 use super::super::inspect;
 use super::super::support::{Traffic, cluster};
-use super::{everything_works, pod_networks, track};
+use super::{pod_networks, track};
 
 /// What differs between flannel's versions and settings.
 #[derive(Clone, Copy)]
@@ -121,7 +122,11 @@ fn one_translation(cluster: &Cluster, ask: &Ask, by_flannel: bool) -> Result<()>
     let (pod, node) = (lab.pod(0, 2), lab.node(0));
     let (outside, mut all) = (node.capture("eth0")?, BTreeSet::new());
     let protocol = if ask.transport == Transport::Tcp { "tcp" } else { "udp" };
-    for answer in pod.ask(&ask.clone().count(5))? {
+    for _ in 0..5 {
+        // Never the same twice, as netfilter goes on with what it once began for a port; and one that nobody else gets.
+        static PORT: AtomicU16 = AtomicU16::new(61_000);
+        let ask = ask.clone().source_port(PORT.fetch_add(1, Ordering::Relaxed));
+        let answer = pod.ask(&ask)?.pop().context("no answer")?;
         let reply = answer.0.map_err(|e| anyhow::anyhow!("{protocol} {}: {e}", ask.to))?;
         let (own, seen) = (reply.own, reply.peer.context("no source")?);
         let tracked = by_netfilter(node, protocol, own)?;
@@ -162,8 +167,7 @@ fn beside(name: &str, flannel: Flannel) -> Result<()> {
     track(&cluster)?;
     to_the_outside(&cluster, false)?;
     add(&cluster, flannel)?;
-    to_the_outside(&cluster, true)?;
-    everything_works(&cluster)
+    to_the_outside(&cluster, true)
 }
 
 #[test]
