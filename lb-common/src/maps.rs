@@ -399,10 +399,15 @@ pub struct FragmentKey<A> {
     pub id: u32,
     /// IP protocol; zero in IPv6.
     pub proto: u8,
-    /// 0 at egress, 1 at ingress.
+    /// 0 at egress, 1 at ingress; and [`FragmentKey::WAITING`].
     pub hook: u8,
     /// Always zero.
     pub pad: u16,
+}
+
+impl<A> FragmentKey<A> {
+    /// Of the entry that says who waits for the first fragment.
+    pub const WAITING: u8 = 2;
 }
 
 /// What a datagram's first fragment says of all of them.
@@ -413,11 +418,11 @@ pub struct Fragment {
     pub sport: NetPort,
     /// Destination port.
     pub dport: NetPort,
-    /// IP protocol; zero: it has not come yet, others have.
+    /// IP protocol.
     pub proto: u32,
-    /// When it came, or the last one that waits for it: seconds of the kernel's monotonic clock.
+    /// When it came: seconds of the kernel's monotonic clock.
     pub seen: u32,
-    /// The last one that waits for it, see [`Held`].
+    /// With [`FragmentKey::WAITING`]: the last one that waits, see [`Held`]; and that is all that counts then.
     pub held: u32,
 }
 

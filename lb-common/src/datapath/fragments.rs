@@ -38,16 +38,16 @@ fn first<A: Wire, P: Packet, K: Tables<A>>(
     headers: &Headers<A>,
     end: End,
 ) -> Outcome {
-    let Some(key) = A::fragment_key(packet, end as u8) else { return Verdict::Pass.raw() };
-    let held = match kernel.fragment(&key) {
-        Some(waiting) if waiting.proto == 0 && is_recent(kernel, waiting) => waiting.held,
-        _ => 0,
-    };
+    let Some(mut key) = A::fragment_key(packet, end as u8) else { return Verdict::Pass.raw() };
     let (sport, dport) = (headers.key.sport, headers.key.dport);
     let proto = u32::from(headers.key.proto);
+    // First this, then a look at who waits: those on other processors look again after they have begun to.
     kernel.put_fragment(&key, &Fragment { sport, dport, proto, seen: kernel.now(), held: 0 });
-    if held != 0 {
-        kernel.release(packet, held, matches!(end, End::Destination));
+    key.hook |= FragmentKey::<A>::WAITING;
+    if let Some(waiting) = kernel.fragment(&key)
+        && is_recent(kernel, waiting)
+    {
+        kernel.release(packet, waiting.held, matches!(end, End::Destination));
     }
     Verdict::Pass.raw()
 }
@@ -111,24 +111,35 @@ fn whole_key<A: Wire, P: Packet, K: Tables<A>>(
     whole: &mut FlowKey<A>,
 ) -> Outcome {
     let Some(key) = A::fragment_key(packet, end as u8) else { return Verdict::Pass.raw() };
-    let mut previous = 0;
-    if let Some(known) = kernel.fragment(&key)
-        && is_recent(kernel, known)
-    {
-        if known.proto != 0 {
-            (whole.src, whole.dst) = (key.src, key.dst);
-            (whole.sport, whole.dport) = (known.sport, known.dport);
-            whole.proto = known.proto as u8;
-            return KNOWN;
-        }
-        previous = known.held;
+    if is_known(kernel, &key, whole) {
+        return KNOWN;
     }
+    let waiting = FragmentKey { hook: key.hook | FragmentKey::<A>::WAITING, ..key };
+    let previous = match kernel.fragment(&waiting) {
+        Some(others) if is_recent(kernel, others) => others.held,
+        _ => 0,
+    };
     let Some(held) = kernel.hold(packet, previous) else {
         kernel.count(Reason::FragmentPassed);
         return Verdict::Pass.raw();
     };
-    kernel.put_fragment(&key, &Fragment { seen: kernel.now(), held, ..Fragment::default() });
-    Verdict::Drop(Reason::FragmentHeld).raw()
+    kernel.put_fragment(&waiting, &Fragment { seen: kernel.now(), held, ..Fragment::default() });
+    // The first one may have come meanwhile, on another processor, and not have seen us wait. If it has, this one arrives
+    // twice, which does no harm.
+    if is_known(kernel, &key, whole) { KNOWN } else { Verdict::Drop(Reason::FragmentHeld).raw() }
+}
+
+/// Whether the first fragment has come; then `whole` is the tuple.
+#[inline(always)]
+fn is_known<A: Wire, K: Tables<A>>(kernel: &K, key: &FragmentKey<A>, whole: &mut FlowKey<A>) -> bool {
+    let Some(known) = kernel.fragment(key) else { return false };
+    if !is_recent(kernel, known) {
+        return false;
+    }
+    (whole.src, whole.dst) = (key.src, key.dst);
+    (whole.sport, whole.dport) = (known.sport, known.dport);
+    whole.proto = known.proto as u8;
+    true
 }
 
 #[inline(always)]
