@@ -14,7 +14,7 @@ use xtask::system::{ensure_debian_packages, find_program, output};
 
 use super::super::inspect;
 use super::super::support::{Traffic, cluster};
-use super::{pod_networks, track};
+use super::{everything_works, pod_networks, track};
 
 /// What differs between flannel's versions and settings.
 #[derive(Clone, Copy)]
@@ -167,7 +167,8 @@ fn beside(name: &str, flannel: Flannel) -> Result<()> {
     track(&cluster)?;
     to_the_outside(&cluster, false)?;
     add(&cluster, flannel)?;
-    to_the_outside(&cluster, true)
+    to_the_outside(&cluster, true)?;
+    everything_works(&cluster)
 }
 
 #[test]
@@ -212,4 +213,14 @@ fn connections_survive(name: &str, random_fully: bool) -> Result<()> {
 #[test]
 fn connections_survive_either_ones_coming() -> Result<()> {
     connections_survive("flannel-live", false)
+}
+
+#[test]
+fn as_it_is_today() -> Result<()> {
+    beside("flannel-random", Flannel { skips_marked: true, random_fully: true })
+}
+
+#[test]
+fn connections_survive_with_random_ports() -> Result<()> {
+    connections_survive("flannel-live-random", true)
 }

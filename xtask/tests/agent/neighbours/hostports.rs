@@ -93,3 +93,8 @@ fn from_everywhere(name: &str, ports: &[u16]) -> Result<()> {
 fn outside_our_range() -> Result<()> {
     from_everywhere("hostports", &PORTS)
 }
+
+#[test]
+fn in_our_range() -> Result<()> {
+    from_everywhere("hostports-range", &[12_345, 29_876])
+}

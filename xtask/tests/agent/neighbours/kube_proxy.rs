@@ -216,3 +216,8 @@ fn connections_outlive_it(name: &str, random_fully: bool) -> Result<()> {
 fn its_connections_outlive_it() -> Result<()> {
     connections_outlive_it("takeover", false)
 }
+
+#[test]
+fn its_connections_outlive_it_with_random_ports() -> Result<()> {
+    connections_outlive_it("takeover-random", true)
+}

@@ -169,3 +169,15 @@ fn a_node_port_is_filtered_before_masquerade() -> Result<()> {
     }
     Ok(())
 }
+
+/// The second node's refusal passes both translations, and the router's reverse path filter.
+#[test]
+fn the_second_node_refuses_a_client() -> Result<()> {
+    let cluster = cluster("policy-far")?;
+    let lab = cluster.lab();
+    unlimited_errors(lab)?;
+    let shop = lab.pod(1, 2);
+    let from = ips(&[lab.node(1)]);
+    Policy { pod: &shop, port: 8080, from, to: vec![], tracked: true }.enforce(lab.node(1))?;
+    lab.node(0).at(30081).iter().try_for_each(|&to| refused(lab.client(), to))
+}
