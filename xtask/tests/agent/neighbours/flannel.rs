@@ -214,13 +214,3 @@ fn connections_survive(name: &str, random_fully: bool) -> Result<()> {
 fn connections_survive_either_ones_coming() -> Result<()> {
     connections_survive("flannel-live", false)
 }
-
-#[test]
-fn as_it_is_today() -> Result<()> {
-    beside("flannel-random", Flannel { skips_marked: true, random_fully: true })
-}
-
-#[test]
-fn connections_survive_with_random_ports() -> Result<()> {
-    connections_survive("flannel-live-random", true)
-}
