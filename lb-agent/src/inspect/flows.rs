@@ -132,7 +132,7 @@ mod tests {
 
     #[test]
     fn a_flow_is_what_all_its_entries_say() {
-        let bpffs = Bpffs::new(1024);
+        let bpffs = Bpffs::with_flows(1024);
         let mut tables = Tables::open(&bpffs.pins).expect("the pinned maps");
         let now = monotonic_seconds();
         let ip = |text: &str| Ip4::from(text.parse::<std::net::Ipv4Addr>().expect("an address"));

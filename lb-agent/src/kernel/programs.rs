@@ -212,7 +212,7 @@ mod tests {
 
     #[test]
     fn a_flow_table_that_keeps_its_size_is_told_of() {
-        let bpffs = Bpffs::new(4096);
+        let bpffs = Bpffs::with_flows(4096);
         assert_eq!(kept_size(&bpffs.pins, 1024).expect("sizes"), None);
         let warning = kept_size(&bpffs.pins, 2048).expect("sizes").expect("another size");
         for words in ["--flow-table-max=2048", "1024 flows (4096 entries)", "LB_FLOW4", "LB_FLOW6"] {

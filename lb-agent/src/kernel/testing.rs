@@ -17,8 +17,18 @@ pub(crate) struct Bpffs {
 }
 
 impl Bpffs {
+    /// With maps as large as they are by default.
+    pub(crate) fn new() -> Self {
+        Self::sized(&[])
+    }
+
     /// With room for so many flow entries of each family.
-    pub(crate) fn new(flow_entries: u32) -> Self {
+    pub(crate) fn with_flows(entries: u32) -> Self {
+        Self::sized(&[("LB_FLOW4", entries), ("LB_FLOW6", entries)])
+    }
+
+    /// With room for so much in some of the maps.
+    pub(crate) fn sized(sizes: &[(&'static str, u32)]) -> Self {
         unshare(CloneFlags::CLONE_NEWNS).expect(WHY_ROOT);
         let private = MsFlags::MS_REC | MsFlags::MS_PRIVATE;
         mount(None::<&str>, "/", None::<&str>, private, None::<&str>).expect(WHY_ROOT);
@@ -28,7 +38,9 @@ impl Bpffs {
         for map in MAPS {
             loader.map_pin_path(map, pins.map(map));
         }
-        loader.map_max_entries("LB_FLOW4", flow_entries).map_max_entries("LB_FLOW6", flow_entries);
+        for (map, entries) in sizes {
+            loader.map_max_entries(map, *entries);
+        }
         loader.load(OBJECT).expect(WHY_ROOT);
         Self { dir, pins }
     }

@@ -69,7 +69,7 @@ fn flags() -> String {
 }
 
 fn metrics() -> String {
-    let bpffs = Bpffs::new(4096);
+    let bpffs = Bpffs::with_flows(4096);
     let reports = Reports { events: Events::unsent(), ..Reports::default() };
     let sweeper = Sweeper::open(&bpffs.pins, Timeouts::default()).expect("a sweeper");
     measure(&reports, Tables::open(&bpffs.pins).expect("the maps"), &sweeper);

@@ -40,7 +40,7 @@ fn is_ended(socket: &UdpSocket) -> bool {
 
 #[test]
 fn sockets_end_when_the_hook_connected_them_and_the_backend_is_gone() {
-    let bpffs = Bpffs::new(1024);
+    let bpffs = Bpffs::with_flows(1024);
     let mut destroyer = destroyer(&bpffs);
     probe(&destroyer.diag).expect("this kernel has CONFIG_INET_DIAG_DESTROY and CONFIG_INET_UDP_DIAG");
     let gone = [V4, V6, MAPPED].map(connected);
@@ -67,7 +67,7 @@ fn sockets_end_when_the_hook_connected_them_and_the_backend_is_gone() {
 
 #[test]
 fn a_nudge_is_enough_and_so_is_a_start() {
-    let bpffs = Bpffs::new(1024);
+    let bpffs = Bpffs::with_flows(1024);
     let mut destroyer = destroyer(&bpffs);
     let sockets = [connected(V4), connected(V4)];
     enter(&mut destroyer, &sockets[0], 1, 1);

@@ -23,7 +23,7 @@ struct Site {
 
 impl Site {
     fn new() -> Self {
-        let bpffs = Bpffs::new(LIMIT);
+        let bpffs = Bpffs::with_flows(LIMIT);
         let sweeper = Sweeper::open(&bpffs.pins, Timeouts::default()).expect("a sweeper");
         Self { bpffs, sweeper }
     }

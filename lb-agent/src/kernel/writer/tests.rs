@@ -3,58 +3,23 @@
 mod failures;
 
 use super::MapWriter;
-use crate::kernel::pins::Pins;
-use crate::kernel::programs::{MAPS, OBJECT};
 use crate::kernel::tables::{NodeAddr, Tables};
+use crate::kernel::testing::Bpffs;
 use crate::model::{
     Endpoint, EndpointSet, Frontend, FrontendAddr, FrontendKind, Protocol, ServicePort, Sources,
 };
 use crate::sync::{Diff, Writer as _};
-use aya::EbpfLoader;
 use aya::maps::MapData;
 use aya::maps::lpm_trie::LpmTrie;
 use lb_common::addr::{Ip4, Ip6, NetPort};
 use lb_common::maps::{self, Addr as _, FrontendKey, ServiceName, Set, Slot, SlotKey};
-use nix::mount::{MsFlags, mount};
-use nix::sched::{CloneFlags, unshare};
 use std::collections::{BTreeSet, HashMap};
 use std::net::SocketAddr;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::Relaxed};
 use std::time::{Duration, Instant};
 
-const WHY_ROOT: &str =
-    "the writer's tests make BPF maps and a mount namespace of their own: run them as root";
-
-/// Pinned maps that nobody else sees: a mount namespace for this thread (and those that it starts), gone with it.
-struct Bpffs {
-    dir: tempfile::TempDir,
-    pins: Pins,
-}
-
 impl Bpffs {
-    fn new() -> Self {
-        Self::sized(&[])
-    }
-
-    /// With room for so much in some of the maps.
-    fn sized(sizes: &[(&'static str, u32)]) -> Self {
-        unshare(CloneFlags::CLONE_NEWNS).expect(WHY_ROOT);
-        let private = MsFlags::MS_REC | MsFlags::MS_PRIVATE;
-        mount(None::<&str>, "/", None::<&str>, private, None::<&str>).expect(WHY_ROOT);
-        let dir = tempfile::tempdir().expect("a directory");
-        let pins = Pins::prepare(dir.path()).expect(WHY_ROOT);
-        let mut loader = EbpfLoader::new();
-        for map in MAPS {
-            loader.map_pin_path(map, pins.map(map));
-        }
-        for (map, entries) in sizes {
-            loader.map_max_entries(map, *entries);
-        }
-        loader.load(OBJECT).expect(WHY_ROOT);
-        Self { dir, pins }
-    }
-
     fn tables(&self) -> Tables {
         Tables::open(&self.pins).expect("the pinned maps")
     }
@@ -68,12 +33,6 @@ impl Bpffs {
 
     fn state(&self) -> State {
         State::of(&self.tables())
-    }
-}
-
-impl Drop for Bpffs {
-    fn drop(&mut self) {
-        nix::mount::umount2(self.dir.path(), nix::mount::MntFlags::MNT_DETACH).expect("unmount");
     }
 }
 
