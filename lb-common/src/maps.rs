@@ -142,8 +142,8 @@ pub struct Flow<A> {
     /// The client's port as the backend's side knows it: `client_port`, unless another flow of the client to the backend
     /// has that one already.
     pub alias_port: NetPort,
-    /// Always zero.
-    pub pad: u16,
+    /// Low half of the index of the device that the source is translated at; with [`Flow::MASQ_DONE`].
+    pub masq_device: u16,
     /// IP protocol.
     pub proto: u8,
     /// [`Side`] as a number.
@@ -210,7 +210,7 @@ impl<A: Addr> Flow<A> {
             backend_epoch: 0,
             service: 0,
             alias_port: key.sport,
-            pad: 0,
+            masq_device: 0,
             proto: key.proto,
             side: 0,
             flags: 0,

@@ -245,8 +245,14 @@ impl Kernel for Around {
 
     #[inline(always)]
     fn device(&self) -> Option<&Device> {
-        // SAFETY: the context is valid; without preallocation an element is never reused under a reader.
-        unsafe { LB_DEVICE.get((*self.0).ifindex) }
+        // SAFETY: without preallocation an element is never reused under a reader.
+        unsafe { LB_DEVICE.get(self.device_index()) }
+    }
+
+    #[inline(always)]
+    fn device_index(&self) -> u32 {
+        // SAFETY: the context is valid.
+        unsafe { (*self.0).ifindex }
     }
 
     #[inline(always)]

@@ -1,10 +1,10 @@
 //! The egress hook: sources.
 
 use super::ingress::done;
-use super::masquerade;
 use super::parse::{Headers, Kind, NotOurs, Wire, parse};
 use super::rewrite::{End, new_port, rewrite};
 use super::{FlowRef, Packet, Put, Reason, Tables, Verdict, fragments, icmp_error};
+use super::{masquerade, masqueraded};
 use crate::maps::{Addr, Flow, Side};
 
 /// A packet leaves by a device.
@@ -41,7 +41,12 @@ fn whole<A: Wire, P: Packet, K: Tables<A>>(packet: &mut P, kernel: &K, headers: 
                 Some(entry) => entry,
                 None => return Verdict::Pass,
             },
-            UNKNOWN => return Verdict::from_raw(masquerade::new_flow(packet, kernel, headers)),
+            UNKNOWN => {
+                return Verdict::from_raw(match masquerade::new_flow(packet, kernel, headers) {
+                    masquerade::NOT_WANTED => masqueraded::keep_port(packet, kernel, headers),
+                    outcome => outcome,
+                });
+            }
             _ => return Verdict::Pass,
         },
     };
@@ -49,7 +54,7 @@ fn whole<A: Wire, P: Packet, K: Tables<A>>(packet: &mut P, kernel: &K, headers: 
         .unwrap_or_else(|| Verdict::from_raw(masquerade::decide(packet, kernel, headers, &entry)))
 }
 
-/// What [`missing`] finds: there is an entry now; the flow is none of ours; there is nothing at all.
+/// What [`missing`] finds: there is an entry now; the flow is none of ours; nothing that belongs to it.
 const REPAIRED: u32 = 0;
 const NOT_OURS: u32 = 1;
 const UNKNOWN: u32 = 2;
@@ -59,6 +64,8 @@ const UNKNOWN: u32 = 2;
 fn missing<A: Wire, K: Tables<A>>(kernel: &K, headers: &Headers<A>) -> u32 {
     match kernel.flow(&headers.key.reversed()) {
         Some(twin) if repair(kernel, headers, twin.get()) => REPAIRED,
+        // Ours leave from there, too.
+        Some(twin) if masqueraded::at_this_device(kernel, twin.get()) => UNKNOWN,
         Some(_) => NOT_OURS,
         None => UNKNOWN,
     }

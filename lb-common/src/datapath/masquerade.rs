@@ -15,6 +15,9 @@ const PORT_TRIES: u32 = 32;
 /// Ports looked at for the one that a flow has already: with one in two taken, it is among these 255 times of 256.
 const OWN_TRIES: u32 = 8;
 
+/// What [`new_flow`] says of packets that keep their source, for all that it knows.
+pub(super) const NOT_WANTED: Outcome = 0x401;
+
 /// A packet of no known flow leaves: does it start one that has to be masqueraded?
 #[inline(never)]
 pub(super) fn new_flow<A: Wire, P: Packet, K: Tables<A>>(
@@ -23,8 +26,11 @@ pub(super) fn new_flow<A: Wire, P: Packet, K: Tables<A>>(
     headers: &Headers<A>,
 ) -> Outcome {
     let Some(device) = kernel.device() else { return Verdict::Pass.raw() };
-    if !may_be_lost(headers) && !headers.starts_flow() || !wanted(kernel, headers, device) {
+    if !may_be_lost(headers) && !headers.starts_flow() {
         return Verdict::Pass.raw();
+    }
+    if !wanted(kernel, headers, device) {
+        return NOT_WANTED;
     }
     let Some(draft) = kernel.draft() else { return Verdict::Pass.raw() };
     draft.write(Flow::straight(&headers.key, kernel.now()));
@@ -40,6 +46,17 @@ pub(super) fn new_flow<A: Wire, P: Packet, K: Tables<A>>(
     } else if !own_port(kernel, &draft, device) {
         return Verdict::Pass.raw();
     }
+    enter(packet, kernel, headers, &draft)
+}
+
+/// Enters [`Side::Forward`] of a flow whose port is taken, and sends its packet from there.
+#[inline(always)]
+pub(super) fn enter<A: Wire, P: Packet, K: Tables<A>>(
+    packet: &mut P,
+    kernel: &K,
+    headers: &Headers<A>,
+    draft: &FlowRef<'_, A>,
+) -> Outcome {
     let forward = draft.turn(Side::Forward);
     let flow = draft.get();
     if kernel.put_flow(&forward, flow, Put::Any).is_err() {
@@ -109,13 +126,17 @@ fn wanted<A: Addr, K: Tables<A>>(kernel: &K, headers: &Headers<A>, device: &Devi
 /// The candidates follow from the hash of the tuple, so that a flow whose forward entry was lost finds its own port
 /// again.
 #[inline(never)]
-fn take_port<A: Addr, K: Tables<A>>(kernel: &K, draft: &FlowRef<'_, A>, device: &Device) -> Outcome {
+pub(super) fn take_port<A: Addr, K: Tables<A>>(
+    kernel: &K,
+    draft: &FlowRef<'_, A>,
+    device: &Device,
+) -> Outcome {
     let addr = A::masquerade_addr(device);
     if addr == A::default() {
         return Verdict::Drop(Reason::NoMasqueradeAddress).raw();
     }
     let mut ports = Ports::new(kernel, &draft.get().key(Side::Forward));
-    draft.masquerade(addr);
+    draft.masquerade(addr, kernel.device_index());
     for _ in 0..PORT_TRIES {
         let port = ports.next();
         if kernel.port_reserved(port) {
@@ -145,9 +166,9 @@ fn take_port<A: Addr, K: Tables<A>>(kernel: &K, draft: &FlowRef<'_, A>, device: 
 
 /// Finds the port that the flow has already, if it has one.
 #[inline(never)]
-fn own_port<A: Addr, K: Tables<A>>(kernel: &K, draft: &FlowRef<'_, A>, device: &Device) -> bool {
+pub(super) fn own_port<A: Addr, K: Tables<A>>(kernel: &K, draft: &FlowRef<'_, A>, device: &Device) -> bool {
     let mut ports = Ports::new(kernel, &draft.get().key(Side::Forward));
-    draft.masquerade(A::masquerade_addr(device));
+    draft.masquerade(A::masquerade_addr(device), kernel.device_index());
     for _ in 0..OWN_TRIES {
         draft.set_masq_port(NetPort::new(ports.next()));
         let flow = draft.get();

@@ -11,6 +11,7 @@ mod fragments;
 mod icmp_error;
 mod ingress;
 mod masquerade;
+mod masqueraded;
 mod parse;
 mod ports;
 mod reclaim;
@@ -239,6 +240,8 @@ pub trait Kernel {
     fn now(&self) -> u32;
     /// The device that the hook is on.
     fn device(&self) -> Option<&Device>;
+    /// Its index.
+    fn device_index(&self) -> u32;
     /// Adds one to a counter.
     fn count(&self, reason: Reason);
     /// The present epoch of a liveness entry.
@@ -398,13 +401,14 @@ impl<'a, A: Addr> FlowRef<'a, A> {
         self.get().key(side)
     }
 
-    /// Makes the draft [`Side::Back`] of a flow that is masqueraded to `addr`.
+    /// Makes the draft [`Side::Back`] of a flow that is masqueraded to `addr`, at the device with that index.
     #[inline(always)]
-    pub fn masquerade(&self, addr: A) {
+    pub fn masquerade(&self, addr: A, device: u32) {
         let flow = self.at.as_ptr();
         // SAFETY: see `new`.
         unsafe {
             (*flow).masq = addr;
+            (*flow).masq_device = device as u16;
             (*flow).flags = (*flow).flags & Flow::<A>::DNAT | Flow::<A>::MASQ_DONE;
             (*flow).side = Side::Back as u8;
             (*flow).state = 0;

@@ -10,6 +10,7 @@ mod errors;
 mod fragments;
 mod hostile;
 mod loss;
+mod masqueraded;
 mod paths;
 mod policy;
 mod refuse;

@@ -244,6 +244,10 @@ impl Kernel for World {
         self.devices.get(&self.ifindex.get())
     }
 
+    fn device_index(&self) -> u32 {
+        self.ifindex.get()
+    }
+
     fn count(&self, reason: Reason) {
         self.counts.borrow_mut()[reason as usize] += 1;
     }

@@ -4,6 +4,7 @@ mod flannel;
 mod hostports;
 mod kube_proxy;
 mod policy;
+mod shared_ports;
 
 use anyhow::{Result, bail};
 use xtask::demo::{Cluster, paths};

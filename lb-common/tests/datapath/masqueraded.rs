@@ -1,0 +1,186 @@
+//! Ports are shared with others who masquerade to the node's addresses: netfilter, for flannel or kube-proxy.
+
+use crate::send::pass;
+use crate::support::build::{ACK, L4, SYN};
+use crate::support::cluster::{BOTH, CLIENT, Net, OVERLAY, UPLINK, cluster, serve, sock};
+use crate::support::world::{Fam, Hook, World};
+use lb_common::addr::{Ip4, Ip6, NetPort};
+use lb_common::datapath::Reason;
+use lb_common::maps::FlowKey;
+use std::net::SocketAddr;
+
+const FIRST: [L4; 2] = [L4::Tcp(SYN), L4::Udp];
+
+fn leaves(world: &World, src: SocketAddr, dst: SocketAddr, l4: L4) -> Option<SocketAddr> {
+    let (left, to) = pass(world, UPLINK, Hook::Egress, src, dst, l4)?;
+    assert_eq!(to, dst);
+    Some(left)
+}
+
+/// Where a reply goes.
+fn comes(world: &World, src: SocketAddr, dst: SocketAddr, l4: L4) -> Option<SocketAddr> {
+    let (from, to) = pass(world, UPLINK, Hook::Ingress, src, dst, l4.answer())?;
+    assert_eq!(from, src);
+    Some(to)
+}
+
+/// What follows a first packet.
+fn next(l4: L4) -> L4 {
+    if l4 == L4::Udp { l4 } else { L4::Tcp(ACK) }
+}
+
+fn entries(world: &World, v6: bool) -> usize {
+    if v6 { world.v6.flows().len() } else { world.v4.flows().len() }
+}
+
+#[test]
+fn a_port_of_ours_that_another_takes_too_becomes_a_different_one() {
+    for (v6, l4) in BOTH.into_iter().flat_map(|v6| FIRST.map(|l4| (v6, l4))) {
+        let n = Net::of(v6);
+        let world = cluster();
+        let (pod, server) = (sock(n.pod, 5000), sock(n.internet, 443));
+        let ours = leaves(&world, pod, server, l4).expect("it leaves");
+        // Netfilter has made another pod's packet this.
+        let theirs = leaves(&world, ours, server, l4).expect("it leaves");
+        assert_eq!(theirs.ip(), ours.ip());
+        assert_ne!(theirs, ours);
+        for l4 in [l4, next(l4), next(l4)] {
+            assert_eq!(comes(&world, server, ours, l4), Some(pod));
+            assert_eq!(comes(&world, server, theirs, l4), Some(ours), "netfilter translates it further");
+            assert_eq!(leaves(&world, pod, server, l4), Some(ours));
+            assert_eq!(leaves(&world, ours, server, l4), Some(theirs));
+        }
+        assert_eq!(entries(&world, v6), 4);
+    }
+}
+
+#[test]
+fn what_another_has_is_not_given_to_us() {
+    for (v6, l4) in BOTH.into_iter().flat_map(|v6| FIRST.map(|l4| (v6, l4))) {
+        let n = Net::of(v6);
+        // Also if its connection is older than we are.
+        for first in [l4, next(l4)] {
+            let mut world = cluster();
+            world.ports = (20_000, 20_001);
+            let (theirs, server) = (sock(n.node, 20_000), sock(n.internet, 443));
+            assert_eq!(leaves(&world, theirs, server, first), Some(theirs));
+            let ours = sock(n.node, 20_001);
+            assert_eq!(leaves(&world, sock(n.pod, 5000), server, l4), Some(ours));
+            assert_eq!(leaves(&world, sock(n.pod, 5001), server, l4), None);
+            assert_eq!(world.counter(Reason::MasqueradePortsExhausted), 1);
+            assert_eq!(comes(&world, server, theirs, l4), Some(theirs));
+            assert_eq!(leaves(&world, theirs, server, next(l4)), Some(theirs));
+            // To other servers the port is free.
+            assert_eq!(
+                leaves(&world, sock(n.pod, 5000), sock(n.outside, 443), l4).map(|s| s.ip()),
+                Some(n.node)
+            );
+        }
+    }
+}
+
+#[test]
+fn the_middle_of_a_connection_keeps_its_port() {
+    for v6 in BOTH {
+        let n = Net::of(v6);
+        let world = cluster();
+        let (pod, server) = (sock(n.pod, 5000), sock(n.internet, 443));
+        let ours = leaves(&world, pod, server, L4::Tcp(SYN)).expect("it leaves");
+        assert_eq!(leaves(&world, ours, server, L4::Tcp(ACK)), Some(ours));
+        assert_eq!(comes(&world, server, ours, L4::Tcp(ACK)), Some(pod));
+    }
+}
+
+fn lose_forward<A: Fam>(v6: bool) {
+    let n = Net::of(v6);
+    let mut world = cluster();
+    let server = sock(n.internet, 443);
+    let ours = leaves(&world, sock(n.pod, 5000), server, L4::Tcp(SYN)).expect("it leaves");
+    let theirs = leaves(&world, ours, server, L4::Tcp(SYN)).expect("it leaves");
+    let alone = sock(n.node, 20_000);
+    assert_eq!(leaves(&world, alone, server, L4::Tcp(SYN)), Some(alone));
+    for (source, left) in [(ours, theirs), (alone, alone)] {
+        A::of_mut(&mut world).lose(&key::<A>(source, server, 6));
+        assert_eq!(leaves(&world, source, server, L4::Tcp(ACK)), Some(left));
+        assert_eq!(comes(&world, server, left, L4::Tcp(ACK)), Some(source));
+    }
+    assert_eq!(entries(&world, v6), 6);
+}
+
+#[test]
+fn a_lost_entry_is_made_again() {
+    lose_forward::<Ip4>(false);
+    lose_forward::<Ip6>(true);
+}
+
+fn key<A: Fam>(src: SocketAddr, dst: SocketAddr, proto: u8) -> FlowKey<A> {
+    FlowKey {
+        src: A::from_ip(src.ip()),
+        dst: A::from_ip(dst.ip()),
+        sport: NetPort::new(src.port()),
+        dport: NetPort::new(dst.port()),
+        proto,
+        ..FlowKey::default()
+    }
+}
+
+#[test]
+fn our_own_packets_may_leave_by_a_second_device() {
+    for (v6, l4) in BOTH.into_iter().flat_map(|v6| FIRST.map(|l4| (v6, l4))) {
+        let n = Net::of(v6);
+        let mut world = cluster();
+        // A VLAN's device and the one below it, say.
+        let below = world.devices[&UPLINK];
+        world.devices.insert(9, below);
+        let server = sock(n.internet, 443);
+        let ours = leaves(&world, sock(n.pod, 5000), server, l4).expect("it leaves");
+        for l4 in [l4, next(l4)] {
+            assert_eq!(pass(&world, 9, Hook::Egress, ours, server, l4), Some((ours, server)));
+        }
+        assert_eq!(entries(&world, v6), 2);
+    }
+}
+
+fn not_shared<A: Fam>(v6: bool) {
+    let n = Net::of(v6);
+    let mut world = cluster();
+    let server = sock(n.internet, 443);
+    let (process, service) = (sock(n.node, 20_000), sock(n.node, 20_001));
+    A::of_mut(&mut world).sockets.insert(key::<A>(server, process, 17));
+    serve(&mut world, 17, service, &[(sock(n.near, 53), true)]);
+    for source in [process, service, sock(n.node, 9_999), sock(n.node, 30_000), sock(n.outside, 20_000)] {
+        assert_eq!(leaves(&world, source, server, L4::Udp), Some(source));
+    }
+    let broadcast = sock(if v6 { "ff02::1" } else { "255.255.255.255" }.parse().expect("an address"), 67);
+    assert_eq!(leaves(&world, sock(n.node, 20_002), broadcast, L4::Udp), Some(sock(n.node, 20_002)));
+    assert_eq!(entries(&world, v6), 0, "those are nobody's masqueraded flows");
+    // Another device, another address.
+    let (theirs, backend) = (sock(n.overlay, 20_000), sock(n.far, 8080));
+    assert_eq!(pass(&world, OVERLAY, Hook::Egress, theirs, backend, L4::Udp), Some((theirs, backend)));
+    assert_eq!(entries(&world, v6), 2);
+    // A process of the node whose port we have given before it came.
+    let ours = leaves(&world, sock(n.pod, 5000), server, L4::Udp).expect("it leaves");
+    A::of_mut(&mut world).sockets.insert(key::<A>(server, ours, 17));
+    assert_ne!(leaves(&world, ours, server, L4::Udp), Some(ours));
+}
+
+#[test]
+fn what_is_left_alone() {
+    not_shared::<Ip4>(false);
+    not_shared::<Ip6>(true);
+}
+
+#[test]
+fn a_full_table_does_not_stop_others() {
+    for v6 in BOTH {
+        let n = Net::of(v6);
+        for capacity in [0, 1] {
+            let mut world = cluster();
+            world.capacity = capacity;
+            let (theirs, server) = (sock(n.node, 20_000), sock(n.internet, 443));
+            assert_eq!(leaves(&world, theirs, server, L4::Udp), Some(theirs));
+            assert_eq!(entries(&world, v6), 0);
+            assert_eq!(pass(&world, CLIENT, Hook::Ingress, server, theirs, L4::Udp), Some((server, theirs)));
+        }
+    }
+}
