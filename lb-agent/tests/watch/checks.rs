@@ -1,6 +1,5 @@
 //! The health checks of Services (`healthCheckNodePort`): sockets that come and go.
 
-use crate::api::Api;
 use crate::http::{free, get};
 use lb_agent::desired::{Config, Diff};
 use lb_agent::events::Events;
@@ -10,6 +9,7 @@ use lb_agent::source::Event;
 use lb_agent::source::kube::{Access, client};
 use lb_agent::store::{Change, LocalAddresses, ObjectName, Slice};
 use lb_agent::sync::{Reports, Writer, run};
+use lb_stand_in::Api;
 use serde_json::{Value, json};
 use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;

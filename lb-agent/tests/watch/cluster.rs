@@ -1,11 +1,11 @@
 //! A cluster to write to: the stand-in or a real one.
 
-use crate::api::Api;
 use k8s_openapi::api::core::v1::{Namespace, Node, Service};
 use k8s_openapi::api::discovery::v1::EndpointSlice;
 use kube::api::{DeleteParams, PostParams};
 use kube::{Client, Resource};
 use lb_agent::source::kube::{Access, client};
+use lb_stand_in::Api;
 use serde_json::{Value, json};
 use std::path::Path;
 use std::sync::atomic::{AtomicU32, Ordering};

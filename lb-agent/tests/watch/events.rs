@@ -1,9 +1,9 @@
 //! Kubernetes Events, against the stand-in.
 
-use crate::api::Api;
 use lb_agent::events::Events;
 use lb_agent::source::kube::{Access, client};
 use lb_agent::store::{ObjectName, Warning};
+use lb_stand_in::Api;
 use serde_json::{Value, json};
 use std::time::Duration;
 

@@ -1,9 +1,9 @@
 //! A server that fails: nothing is lost, and nothing is deleted that still exists.
 
-use crate::api::{Api, Gone, Streaming};
 use crate::cluster::{service, slice};
 use crate::view::View;
 use lb_agent::source::kube::{Access, client};
+use lb_stand_in::{Api, Gone, Streaming};
 use serde_json::{Value, json};
 use std::time::Duration;
 

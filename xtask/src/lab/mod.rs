@@ -11,6 +11,7 @@
 //!
 //! Labs are independent of each other. A lab goes with the value that stands for it, or with its process.
 
+mod api;
 mod capture;
 mod cgroup;
 mod cli;
@@ -28,6 +29,7 @@ use std::sync::atomic::{AtomicU32, Ordering};
 use anyhow::{Context, Result, bail};
 use nix::mount::{MsFlags, mount};
 
+pub use api::ApiServer;
 pub use capture::{Capture, Captured};
 pub use cli::{Args, run};
 pub use host::{Host, Role};

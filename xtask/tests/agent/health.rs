@@ -10,10 +10,9 @@ use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use serde_json::{Value, json};
 use xtask::agent::Agent;
 use xtask::demo::Cluster;
-use xtask::lab::{Host, Lab};
+use xtask::lab::{ApiServer, Host, Lab};
 use xtask::probe::Ask;
 
-use super::api::Server;
 use super::support::{SOON, agent_exe, answered, cluster, eventually};
 
 pub(crate) const PORT: u16 = 32100;
@@ -167,8 +166,8 @@ fn many_health_checks_do_not_use_up_the_files() -> Result<()> {
 fn the_cluster_is_told_what_is_not_served() -> Result<()> {
     let lab = Lab::builder("told").pods(1).build()?;
     let node = lab.node(0);
-    let server = Server::start(node)?;
-    let api = &server.api;
+    let server = ApiServer::start(node)?;
+    let api = server.api();
     api.apply(json!({"apiVersion": "v1", "kind": "Node", "metadata": {"name": "n1"}}));
     api.apply(json!({
         "apiVersion": "v1", "kind": "Service", "metadata": {"name": "sig", "namespace": "default"},

@@ -1,15 +1,16 @@
 //! Requests and responses.
 
-use super::objects::{Filter, plural};
-use super::watch::{Watch, status};
-use super::{Shared, Streaming, lock};
+use crate::dialect::Dialect;
+use crate::objects::{Filter, Page, plural};
+use crate::watch::{Watch, status};
+use crate::{Shared, Streaming, lock};
 use http_body_util::combinators::BoxBody;
 use http_body_util::{BodyExt as _, Full, StreamBody};
 use hyper::body::{Bytes, Frame, Incoming};
 use hyper::service::service_fn;
 use hyper::{Method, Request, Response};
 use hyper_util::rt::TokioIo;
-use serde_json::Value;
+use serde_json::{Value, json};
 use std::collections::HashMap;
 use std::convert::Infallible;
 use std::sync::Arc;
@@ -19,7 +20,7 @@ use tokio::sync::mpsc;
 
 type Body = BoxBody<Bytes, Infallible>;
 
-pub(super) async fn serve(listener: TcpListener, shared: Arc<Shared>) {
+pub(crate) async fn serve(listener: TcpListener, shared: Arc<Shared>) {
     while let Ok((stream, _)) = listener.accept().await {
         if lock(&shared.behaviour).down {
             continue;
@@ -38,7 +39,7 @@ pub(super) async fn serve(listener: TcpListener, shared: Arc<Shared>) {
     }
 }
 
-fn json(value: &Value) -> Response<Body> {
+fn answer_with(value: &Value) -> Response<Body> {
     let code = if value["kind"] == "Status" { value["code"].as_u64().unwrap_or(200) } else { 200 };
     Response::builder()
         .status(code as u16)
@@ -49,6 +50,7 @@ fn json(value: &Value) -> Response<Body> {
 
 /// A path taken apart.
 struct Target {
+    dialect: Dialect,
     kind: String,
     namespace: Option<String>,
     name: Option<String>,
@@ -57,20 +59,19 @@ struct Target {
 
 impl Target {
     fn of(path: &str) -> Option<Self> {
-        let groups = ["/api/v1/", "/apis/discovery.k8s.io/v1/", "/apis/events.k8s.io/v1/"];
-        let path = groups.iter().find_map(|group| path.strip_prefix(group))?;
+        let (dialect, path) = Dialect::of(path)?;
         let mut parts: Vec<_> = path.split('/').map(str::to_owned).collect();
         let namespace =
             (parts[0] == "namespaces" && parts.len() > 2).then(|| parts.drain(..2).nth(1)).flatten();
         let mut parts = parts.into_iter();
         let (kind, name) = (parts.next()?, parts.next());
-        Some(Self { kind, namespace, name, status: parts.next().as_deref() == Some("status") })
+        Some(Self { dialect, kind, namespace, name, status: parts.next().as_deref() == Some("status") })
     }
 }
 
 async fn answer(request: Request<Incoming>, shared: Arc<Shared>) -> Result<Response<Body>, Infallible> {
     let Some(target) = Target::of(request.uri().path()) else {
-        return Ok(json(&status(404, "NotFound", request.uri().path())));
+        return Ok(answer_with(&status(404, "NotFound", request.uri().path())));
     };
     let query = query(request.uri().query().unwrap_or_default());
     if request.method() == Method::GET && target.name.is_none() {
@@ -80,7 +81,7 @@ async fn answer(request: Request<Incoming>, shared: Arc<Shared>) -> Result<Respo
     let body = request.into_body().collect().await.map(|body| body.to_bytes()).unwrap_or_default();
     let answer = write(&method, &target, serde_json::from_slice(&body).unwrap_or_default(), &shared);
     shared.raise();
-    Ok(json(&answer))
+    Ok(answer_with(&answer))
 }
 
 async fn read(target: Target, query: &HashMap<String, String>, shared: Arc<Shared>) -> Response<Body> {
@@ -92,7 +93,7 @@ async fn read(target: Target, query: &HashMap<String, String>, shared: Arc<Share
         labels: get("labelSelector").into(),
         fields: get("fieldSelector").into(),
     };
-    let kind = target.kind;
+    let (kind, dialect) = (target.kind, target.dialect);
     let streaming = is("sendInitialEvents") && behaviour.streaming != Streaming::Unknown;
     let verb = match (is("watch"), streaming) {
         (false, _) => "list",
@@ -108,10 +109,14 @@ async fn read(target: Target, query: &HashMap<String, String>, shared: Arc<Share
         let limit = get("limit").parse().unwrap_or(usize::MAX);
         let token = query.get("continue").map(String::as_str);
         let page = lock(&shared.objects).page(&kind, &filter, limit, token);
-        return json(&page.unwrap_or_else(|| status(410, "Expired", "the continue token is too old")));
+        return match page {
+            Some(page) => list(page, &kind, dialect, shared),
+            None => answer_with(&status(410, "Expired", "the continue token is too old")),
+        };
     }
     let watch = Watch {
         kind,
+        dialect,
         filter,
         version: get("resourceVersion").parse().unwrap_or(0),
         bookmarks: is("allowWatchBookmarks"),
@@ -119,15 +124,50 @@ async fn read(target: Target, query: &HashMap<String, String>, shared: Arc<Share
         timeout: Duration::from_secs(get("timeoutSeconds").parse().unwrap_or(300)),
     };
     if let Some(refusal) = watch.refusal(&shared) {
-        return json(&refusal);
+        return answer_with(&refusal);
     }
     let (send, mut receive) = mpsc::channel::<Value>(16);
-    tokio::spawn(watch.run(shared, send));
+    tokio::spawn(watch.run(shared.clone(), send));
     let stream = futures::stream::poll_fn(move |context| {
-        let line = |event: Value| Ok(Frame::data(Bytes::from(format!("{event}\n"))));
+        let line = |event: Value| {
+            if event["object"]["metadata"]["annotations"]["k8s.io/initial-events-end"] == "true" {
+                shared.has_listed();
+            }
+            Ok(Frame::data(Bytes::from(format!("{event}\n"))))
+        };
         receive.poll_recv(context).map(|event| event.map(line))
     });
     let body = StreamBody::new(stream);
+    Response::builder().header("content-type", "application/json").body(body.boxed()).unwrap()
+}
+
+/// A page of a list. In pieces, so that it shows when the client has got all of it but what its socket holds.
+fn list(page: Page, kind: &str, dialect: Dialect, shared: Arc<Shared>) -> Response<Body> {
+    const PIECE: usize = 1 << 16;
+    let (kind, api_version) = dialect.type_of(kind);
+    let mut meta = json!({"resourceVersion": page.version.to_string()});
+    let ends = page.rest.is_none();
+    if let Some((left, token)) = page.rest {
+        meta["remainingItemCount"] = left.into();
+        meta["continue"] = token.into();
+    }
+    let items = page.items.into_iter().map(|item| {
+        let mut item = Arc::unwrap_or_clone(item);
+        dialect.say(&mut item);
+        item.to_string()
+    });
+    let items = items.collect::<Vec<_>>().join(",");
+    let mut rest = Bytes::from(format!(
+        "{{\"kind\":\"{kind}List\",\"apiVersion\":\"{api_version}\",\"metadata\":{meta},\"items\":[{items}]}}"
+    ));
+    let pieces = std::iter::from_fn(move || {
+        let piece = rest.split_to(PIECE.min(rest.len()));
+        if rest.is_empty() && !piece.is_empty() && ends {
+            shared.has_listed();
+        }
+        (!piece.is_empty()).then(|| Ok(Frame::data(piece)))
+    });
+    let body = StreamBody::new(futures::stream::iter(pieces));
     Response::builder().header("content-type", "application/json").body(body.boxed()).unwrap()
 }
 
@@ -142,14 +182,15 @@ fn write(method: &Method, target: &Target, mut object: Value, shared: &Shared) -
     let namespace = target.namespace.clone().unwrap_or_default();
     let named = object["metadata"]["name"].as_str().unwrap_or_default().to_owned();
     let key = (target.kind.clone(), namespace.clone(), target.name.clone().unwrap_or(named));
-    let current = objects.get(&key).cloned();
+    let current = objects.get(&key).map(|object| (**object).clone());
+    let stored = |object: Arc<Value>| (*object).clone();
     match (method.clone(), current) {
         (Method::POST, None) => {
             assert_eq!(plural(object["kind"].as_str().unwrap_or_default()), target.kind, "{object}");
             if !namespace.is_empty() {
                 object["metadata"]["namespace"] = namespace.into();
             }
-            objects.apply(object)
+            stored(objects.apply(object))
         }
         (Method::POST, Some(_)) => status(409, "AlreadyExists", &key.2),
         (_, None) => status(404, "NotFound", &key.2),
@@ -158,18 +199,18 @@ fn write(method: &Method, target: &Target, mut object: Value, shared: &Shared) -
             for (field, value) in object.as_object().into_iter().flatten() {
                 current[field] = value.clone();
             }
-            objects.apply(current)
+            stored(objects.apply(current))
         }
         (Method::PUT, Some(mut current)) if target.status => {
             current["status"] = object["status"].take();
-            objects.apply(current)
+            stored(objects.apply(current))
         }
         (Method::PUT, Some(current)) => {
             object["metadata"]["namespace"] = namespace.into();
             object["status"] = current["status"].clone();
-            objects.apply(object)
+            stored(objects.apply(object))
         }
-        (Method::DELETE, Some(_)) => objects.delete(&key.0, &key.1, &key.2).unwrap_or_default(),
+        (Method::DELETE, Some(_)) => objects.delete(&key.0, &key.1, &key.2).map(stored).unwrap_or_default(),
         (Method::GET, Some(current)) => current,
         (method, _) => status(405, "MethodNotAllowed", method.as_str()),
     }

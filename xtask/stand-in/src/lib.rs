@@ -1,6 +1,8 @@
 //! A stand-in for the Kubernetes API server: list, watch and writes over real HTTP, and the ways in which the real
-//! one fails. Not there: authentication, validation, defaulting (but ClusterIPs are given out).
+//! one fails. Not there: authentication, validation, defaulting (but ClusterIPs are given out). What it is asked wrongly it
+//! answers with a panic: it is for tests and measurements.
 
+mod dialect;
 mod http;
 mod objects;
 mod watch;
@@ -9,12 +11,12 @@ use objects::Objects;
 use serde_json::Value;
 use std::net::SocketAddr;
 use std::sync::{Arc, Mutex, MutexGuard};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 use tokio::sync::watch as signal;
 
 /// What the server does with streaming lists (`sendInitialEvents`).
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub(crate) enum Streaming {
+pub enum Streaming {
     /// As of Kubernetes 1.34.
     #[default]
     Supported,
@@ -26,7 +28,7 @@ pub(crate) enum Streaming {
 
 /// How the server says that a version is too old.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub(crate) enum Gone {
+pub enum Gone {
     /// An ERROR event in a stream that begins with status 200.
     #[default]
     Event,
@@ -36,37 +38,47 @@ pub(crate) enum Gone {
 
 /// How the server behaves.
 #[derive(Clone, Debug)]
-pub(crate) struct Behaviour {
-    pub(crate) streaming: Streaming,
-    pub(crate) gone: Gone,
+pub struct Behaviour {
+    /// Streaming lists.
+    pub streaming: Streaming,
+    /// Versions that are too old.
+    pub gone: Gone,
     /// Before a list, of either way, is answered.
-    pub(crate) slow_list: Duration,
+    pub slow_list: Duration,
     /// The kind (`services` …) that `slow_list` is for; all where there is none.
-    pub(crate) slow_kind: Option<&'static str>,
-    pub(crate) bookmarks: Duration,
+    pub slow_kind: Option<&'static str>,
+    /// Time between bookmarks.
+    pub bookmarks: Duration,
     /// Connections are closed as soon as they are made.
-    pub(crate) down: bool,
+    pub down: bool,
     /// Watches say nothing.
-    pub(crate) paused: bool,
+    pub paused: bool,
     /// Writes to a kind that are answered with a status code and its message.
-    pub(crate) refused: Option<(&'static str, u16, &'static str)>,
+    pub refused: Option<(&'static str, u16, &'static str)>,
 }
 
 struct Shared {
     objects: Mutex<Objects>,
     behaviour: Mutex<Behaviour>,
     requests: Mutex<Vec<String>>,
+    listed: Mutex<Option<Instant>>,
     /// Raised whenever watches may have something to say.
     news: signal::Sender<u64>,
     /// Raised to cut all connections.
     cut: signal::Sender<u64>,
 }
 
-/// The tests' handle; the server stops with it.
-pub(crate) struct Api {
+/// A running server; it stops with this value.
+pub struct Api {
     shared: Arc<Shared>,
     address: SocketAddr,
     server: tokio::task::JoinHandle<()>,
+}
+
+impl std::fmt::Debug for Api {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Api").field("address", &self.address).finish_non_exhaustive()
+    }
 }
 
 impl Drop for Api {
@@ -82,8 +94,16 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 
 impl Api {
     /// On a free port of 127.0.0.1.
-    pub(crate) async fn start() -> Self {
-        let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+    pub async fn start() -> Self {
+        Self::start_on("127.0.0.1:0".parse().unwrap()).await
+    }
+
+    /// On this address, whose port may be 0 for a free one.
+    ///
+    /// # Panics
+    /// If there is no listening there.
+    pub async fn start_on(address: SocketAddr) -> Self {
+        let listener = tokio::net::TcpListener::bind(address).await.unwrap();
         let address = listener.local_addr().unwrap();
         let behaviour = Behaviour {
             streaming: Streaming::default(),
@@ -99,6 +119,7 @@ impl Api {
             objects: Mutex::default(),
             behaviour: Mutex::new(behaviour),
             requests: Mutex::default(),
+            listed: Mutex::default(),
             news: signal::Sender::new(0),
             cut: signal::Sender::new(0),
         });
@@ -106,17 +127,22 @@ impl Api {
         Self { shared, address, server }
     }
 
-    pub(crate) fn url(&self) -> String {
+    /// Where it is, for `--master` and its like.
+    pub fn url(&self) -> String {
         format!("http://{}", self.address)
     }
 
     /// Creates or replaces an object.
-    pub(crate) fn apply(&self, object: Value) {
+    pub fn apply(&self, object: Value) {
         lock(&self.shared.objects).apply(object);
         self.raise();
     }
 
-    pub(crate) fn delete(&self, kind: &str, namespace: &str, name: &str) {
+    /// Deletes an object.
+    ///
+    /// # Panics
+    /// If there is none.
+    pub fn delete(&self, kind: &str, namespace: &str, name: &str) {
         assert!(
             lock(&self.shared.objects).delete(kind, namespace, name).is_some(),
             "{kind} {name} is not there"
@@ -125,12 +151,21 @@ impl Api {
     }
 
     /// All objects of a kind (`services` …), by namespace and name.
-    pub(crate) fn objects(&self, kind: &str) -> Vec<Value> {
-        lock(&self.shared.objects).matching(kind, &objects::Filter::default())
+    pub fn objects(&self, kind: &str) -> Vec<Value> {
+        let objects = lock(&self.shared.objects).matching(kind, &objects::Filter::default());
+        objects.iter().map(|object| (**object).clone()).collect()
+    }
+
+    /// When the last list, of either way, had been handed out to its end.
+    pub fn listed(&self) -> Option<Instant> {
+        *lock(&self.shared.listed)
     }
 
     /// Waits until the objects of a kind are as expected, and returns them.
-    pub(crate) async fn until(&self, kind: &str, expected: impl Fn(&[Value]) -> bool) -> Vec<Value> {
+    ///
+    /// # Panics
+    /// If they are not after 20 seconds.
+    pub async fn until(&self, kind: &str, expected: impl Fn(&[Value]) -> bool) -> Vec<Value> {
         let mut news = self.shared.news.subscribe();
         let waiting = async {
             while !expected(&self.objects(kind)) {
@@ -144,46 +179,49 @@ impl Api {
     }
 
     /// Forgets history: watches and continued lists of older versions are refused.
-    pub(crate) fn compact(&self) {
+    pub fn compact(&self) {
         lock(&self.shared.objects).compact();
     }
 
     /// Cuts all connections in the middle of whatever they say.
-    pub(crate) fn disconnect(&self) {
+    pub fn disconnect(&self) {
         self.shared.cut.send_modify(|count| *count += 1);
     }
 
     /// Until [`Self::up`], nothing answers.
-    pub(crate) fn down(&self) {
+    pub fn down(&self) {
         self.behave(|behaviour| behaviour.down = true);
         self.disconnect();
     }
 
-    pub(crate) fn up(&self) {
+    /// The end of [`Self::down`].
+    pub fn up(&self) {
         self.behave(|behaviour| behaviour.down = false);
     }
 
     /// Watches say nothing until [`Self::resume`].
-    pub(crate) fn pause(&self) {
+    pub fn pause(&self) {
         self.behave(|behaviour| behaviour.paused = true);
     }
 
-    pub(crate) fn resume(&self) {
+    /// The end of [`Self::pause`].
+    pub fn resume(&self) {
         self.behave(|behaviour| behaviour.paused = false);
         self.raise();
     }
 
     /// Lists take that long.
-    pub(crate) fn slow_list(&self, kind: Option<&'static str>, time: Duration) {
+    pub fn slow_list(&self, kind: Option<&'static str>, time: Duration) {
         self.behave(|behaviour| (behaviour.slow_kind, behaviour.slow_list) = (kind, time));
     }
 
-    pub(crate) fn behave(&self, change: impl FnOnce(&mut Behaviour)) {
+    /// Changes how it behaves from now on.
+    pub fn behave(&self, change: impl FnOnce(&mut Behaviour)) {
         change(&mut lock(&self.shared.behaviour));
     }
 
     /// The requests since the last call: `list services`, `stream services`, `watch services`, `create services` …
-    pub(crate) fn requests(&self) -> Vec<String> {
+    pub fn requests(&self) -> Vec<String> {
         std::mem::take(&mut lock(&self.shared.requests))
     }
 
@@ -193,6 +231,10 @@ impl Api {
 }
 
 impl Shared {
+    fn has_listed(&self) {
+        *lock(&self.listed) = Some(Instant::now());
+    }
+
     fn raise(&self) {
         self.news.send_modify(|count| *count += 1);
     }

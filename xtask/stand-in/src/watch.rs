@@ -1,7 +1,8 @@
 //! One watch: what it says and when it ends.
 
-use super::objects::Filter;
-use super::{Gone, Shared, Streaming, lock};
+use crate::dialect::Dialect;
+use crate::objects::Filter;
+use crate::{Gone, Shared, Streaming, lock};
 use serde_json::{Value, json};
 use std::sync::Arc;
 use std::time::Duration;
@@ -9,23 +10,24 @@ use tokio::sync::mpsc;
 
 /// What the client asked for.
 #[derive(Clone, Debug)]
-pub(super) struct Watch {
-    pub(super) kind: String,
-    pub(super) filter: Filter,
-    pub(super) version: u64,
-    pub(super) bookmarks: bool,
-    pub(super) initial_events: bool,
-    pub(super) timeout: Duration,
+pub(crate) struct Watch {
+    pub(crate) kind: String,
+    pub(crate) dialect: Dialect,
+    pub(crate) filter: Filter,
+    pub(crate) version: u64,
+    pub(crate) bookmarks: bool,
+    pub(crate) initial_events: bool,
+    pub(crate) timeout: Duration,
 }
 
 /// Says what a status code means.
-pub(super) fn status(code: u16, reason: &str, message: &str) -> Value {
+pub(crate) fn status(code: u16, reason: &str, message: &str) -> Value {
     json!({"kind": "Status", "apiVersion": "v1", "status": "Failure", "code": code, "reason": reason, "message": message})
 }
 
 impl Watch {
     /// Why the whole request is refused.
-    pub(super) fn refusal(&self, shared: &Shared) -> Option<Value> {
+    pub(crate) fn refusal(&self, shared: &Shared) -> Option<Value> {
         let behaviour = lock(&shared.behaviour).clone();
         if self.initial_events && behaviour.streaming == Streaming::Refused {
             let message =
@@ -40,7 +42,7 @@ impl Watch {
     }
 
     /// Sends events until somebody has enough.
-    pub(super) async fn run(self, shared: Arc<Shared>, send: mpsc::Sender<Value>) {
+    pub(crate) async fn run(self, shared: Arc<Shared>, send: mpsc::Sender<Value>) {
         let behaviour = lock(&shared.behaviour).clone();
         if self.is_gone(&shared) {
             let _ = send.send(json!({"type": "ERROR", "object": gone()})).await;
@@ -55,7 +57,7 @@ impl Watch {
             };
             at = version;
             for object in objects {
-                let _ = send.send(json!({"type": "ADDED", "object": object})).await;
+                let _ = send.send(self.said(json!({"type": "ADDED", "object": *object}))).await;
             }
             if self.initial_events && behaviour.streaming == Streaming::Supported {
                 let _ = send.send(self.bookmark(version, true)).await;
@@ -90,16 +92,17 @@ impl Watch {
             return (Vec::new(), version);
         }
         let objects = lock(&shared.objects);
-        let news = objects.log.iter().filter(|entry| entry.version > version && entry.kind == self.kind);
-        (news.filter_map(|entry| self.filter.event(entry)).collect(), objects.version)
+        let news = objects.since(version, &self.kind, &self.filter);
+        (news.into_iter().map(|event| self.said(event)).collect(), objects.version)
+    }
+
+    fn said(&self, mut event: Value) -> Value {
+        self.dialect.say(&mut event["object"]);
+        event
     }
 
     fn bookmark(&self, version: u64, end_of_list: bool) -> Value {
-        let (kind, api_version) = match self.kind.as_str() {
-            "services" => ("Service", "v1"),
-            "nodes" => ("Node", "v1"),
-            _ => ("EndpointSlice", "discovery.k8s.io/v1"),
-        };
+        let (kind, api_version) = self.dialect.type_of(&self.kind);
         let mut meta = json!({"resourceVersion": version.to_string(), "creationTimestamp": null});
         if end_of_list {
             meta["annotations"] = json!({"k8s.io/initial-events-end": "true"});

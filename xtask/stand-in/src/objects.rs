@@ -2,37 +2,48 @@
 
 use serde_json::{Value, json};
 use std::collections::{BTreeMap, HashMap};
+use std::sync::Arc;
 
 /// Kind (plural), namespace, name.
-pub(super) type Key = (String, String, String);
+pub(crate) type Key = (String, String, String);
+
+/// An object as stored. Never changed, so that a list of them costs nothing.
+pub(crate) type Object = Arc<Value>;
 
 /// One change.
 #[derive(Clone)]
-pub(super) struct Entry {
-    pub(super) version: u64,
-    pub(super) kind: String,
+pub(crate) struct Entry {
+    pub(crate) version: u64,
+    pub(crate) kind: String,
     /// Before and after it.
-    pub(super) old: Option<Value>,
-    pub(super) new: Option<Value>,
+    pub(crate) old: Option<Object>,
+    pub(crate) new: Option<Object>,
 }
 
-/// The rest of a list: its version and what was not sent yet.
-type Page = (u64, Vec<Value>);
+/// One page of a list.
+pub(crate) struct Page {
+    pub(crate) version: u64,
+    pub(crate) items: Vec<Object>,
+    /// How many there are after it, and the token to ask for them with.
+    pub(crate) rest: Option<(usize, String)>,
+}
 
 #[derive(Default)]
-pub(super) struct Objects {
-    pub(super) version: u64,
+pub(crate) struct Objects {
+    pub(crate) version: u64,
     /// History before this version is forgotten.
-    pub(super) compacted: u64,
-    objects: BTreeMap<Key, Value>,
-    pub(super) log: Vec<Entry>,
-    pages: HashMap<String, Page>,
+    pub(crate) compacted: u64,
+    objects: BTreeMap<Key, Object>,
+    /// By version.
+    log: Vec<Entry>,
+    /// What was not sent yet of a list, with the list's version.
+    pages: HashMap<String, (u64, Vec<Object>)>,
     cluster_ips: u16,
 }
 
 impl Objects {
     /// Creates or replaces. Returns the object as stored.
-    pub(super) fn apply(&mut self, mut object: Value) -> Value {
+    pub(crate) fn apply(&mut self, mut object: Value) -> Object {
         let kind = plural(object["kind"].as_str().expect("a kind"));
         let text = |value: &Value| value.as_str().unwrap_or_default().to_owned();
         let key = (kind.clone(), text(&object["metadata"]["namespace"]), text(&object["metadata"]["name"]));
@@ -59,72 +70,79 @@ impl Objects {
             object["spec"]["clusterIPs"] = json!([ip]);
             object["spec"]["clusterIP"] = ip;
         }
+        let object = Arc::new(object);
         self.log.push(Entry { version: self.version, kind, old, new: Some(object.clone()) });
         self.objects.insert(key, object.clone());
         object
     }
 
-    pub(super) fn get(&self, key: &Key) -> Option<&Value> {
+    pub(crate) fn get(&self, key: &Key) -> Option<&Object> {
         self.objects.get(key)
     }
 
-    pub(super) fn delete(&mut self, kind: &str, namespace: &str, name: &str) -> Option<Value> {
+    pub(crate) fn delete(&mut self, kind: &str, namespace: &str, name: &str) -> Option<Object> {
         let old = self.objects.remove(&(kind.into(), namespace.into(), name.into()))?;
         self.version += 1;
         self.log.push(Entry { version: self.version, kind: kind.into(), old: Some(old.clone()), new: None });
         Some(old)
     }
 
-    pub(super) fn compact(&mut self) {
+    pub(crate) fn compact(&mut self) {
         self.compacted = self.version;
         self.log.clear();
         self.pages.clear();
     }
 
-    pub(super) fn matching(&self, kind: &str, filter: &Filter) -> Vec<Value> {
-        let of_kind = self.objects.iter().filter(|((other, ..), _)| other == kind);
+    pub(crate) fn matching(&self, kind: &str, filter: &Filter) -> Vec<Object> {
+        let of_kind = self.objects.range((kind.to_owned(), String::new(), String::new())..);
+        let of_kind = of_kind.take_while(|((other, ..), _)| other == kind);
         of_kind.map(|(_, object)| object).filter(|object| filter.admits(object)).cloned().collect()
     }
 
+    /// What happened to a kind after `version`, as a watch with this filter says it.
+    pub(crate) fn since(&self, version: u64, kind: &str, filter: &Filter) -> Vec<Value> {
+        let first = self.log.partition_point(|entry| entry.version <= version);
+        let news = self.log[first..].iter().filter(|entry| entry.kind == kind);
+        news.filter_map(|entry| filter.event(entry)).collect()
+    }
+
     /// One page of a list, or `None` if it cannot be continued any more.
-    pub(super) fn page(
+    pub(crate) fn page(
         &mut self,
         kind: &str,
         filter: &Filter,
         limit: usize,
         token: Option<&str>,
-    ) -> Option<Value> {
+    ) -> Option<Page> {
         let (version, mut items) = match token {
             Some(token) => self.pages.remove(token)?,
             None => (self.version, self.matching(kind, filter)),
         };
-        let rest = items.split_off(limit.min(items.len()));
-        let mut meta = json!({"resourceVersion": version.to_string()});
-        if !rest.is_empty() {
-            let token = format!("{kind}-{version}-{}", rest.len());
-            meta["remainingItemCount"] = rest.len().into();
-            meta["continue"] = token.clone().into();
-            self.pages.insert(token, (version, rest));
-        }
-        Some(json!({"kind": "List", "apiVersion": "v1", "metadata": meta, "items": items}))
+        let after = items.split_off(limit.min(items.len()));
+        let rest = (!after.is_empty()).then(|| {
+            let (left, token) = (after.len(), format!("{kind}-{version}-{}", after.len()));
+            self.pages.insert(token.clone(), (version, after));
+            (left, token)
+        });
+        Some(Page { version, items, rest })
     }
 }
 
 /// `services` from `Service`.
-pub(super) fn plural(kind: &str) -> String {
+pub(crate) fn plural(kind: &str) -> String {
     format!("{}s", kind.to_lowercase())
 }
 
 /// Namespace and selectors of a request.
 #[derive(Clone, Debug, Default)]
-pub(super) struct Filter {
-    pub(super) namespace: Option<String>,
-    pub(super) labels: String,
-    pub(super) fields: String,
+pub(crate) struct Filter {
+    pub(crate) namespace: Option<String>,
+    pub(crate) labels: String,
+    pub(crate) fields: String,
 }
 
 impl Filter {
-    pub(super) fn admits(&self, object: &Value) -> bool {
+    pub(crate) fn admits(&self, object: &Value) -> bool {
         let meta = &object["metadata"];
         let terms = |text: &str| {
             text.split(',').filter(|term| !term.is_empty()).map(str::to_owned).collect::<Vec<_>>()
@@ -142,13 +160,14 @@ impl Filter {
     }
 
     /// What a watch with this filter says of a change.
-    pub(super) fn event(&self, entry: &Entry) -> Option<Value> {
-        let admitted = |object: &Option<Value>| object.clone().filter(|object| self.admits(object));
+    fn event(&self, entry: &Entry) -> Option<Value> {
+        let admitted = |object: &Option<Object>| object.clone().filter(|object| self.admits(object));
         match (admitted(&entry.old), admitted(&entry.new)) {
             (None, None) => None,
-            (None, Some(object)) => Some(json!({"type": "ADDED", "object": object})),
-            (Some(_), Some(object)) => Some(json!({"type": "MODIFIED", "object": object})),
-            (Some(mut object), None) => {
+            (None, Some(object)) => Some(json!({"type": "ADDED", "object": *object})),
+            (Some(_), Some(object)) => Some(json!({"type": "MODIFIED", "object": *object})),
+            (Some(object), None) => {
+                let mut object = (*object).clone();
                 object["metadata"]["resourceVersion"] = entry.version.to_string().into();
                 Some(json!({"type": "DELETED", "object": object}))
             }
