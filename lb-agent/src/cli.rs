@@ -4,6 +4,7 @@
 mod conntrack;
 
 use crate::desired::{self, NodePortAddresses};
+use crate::kernel::pins::DEFAULT_BPFFS;
 use clap::builder::BoolishValueParser;
 use clap::{ArgAction, Args, ValueEnum};
 use ipnet::IpNet;
@@ -122,7 +123,7 @@ pub struct RunArgs {
     pub metrics_bind_address: Listen<10249>,
 
     /// A BPF file system, where programs and maps outlive the agent; mounted if it is not
-    #[arg(long, value_name = "DIR", env = "LB_BPFFS", default_value = "/sys/fs/bpf")]
+    #[arg(long, value_name = "DIR", env = "LB_BPFFS", default_value = DEFAULT_BPFFS)]
     pub bpffs: PathBuf,
 
     /// Root of the cgroup2 hierarchy [default: the first that is mounted]

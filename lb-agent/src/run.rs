@@ -19,6 +19,7 @@ use crate::store::Change;
 use crate::sync::{self, Reports};
 use anyhow::{Context as _, Result, anyhow};
 use ipnet::IpNet;
+use lb_attach::attach::Attacher;
 use lb_common::datapath::Reason;
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use std::fs::File;
@@ -75,7 +76,10 @@ pub async fn run(args: RunArgs) -> Result<()> {
         }
         tokio::spawn(file.run(events.clone()));
     }
-    let devices = devices(&args, ebpf, pins.clone(), features, events.clone())?;
+    let attacher = programs::pin(&mut ebpf, &pins, features)?;
+    // What is attached and pinned stays; the rest is memory.
+    drop(ebpf);
+    let devices = devices(&args, attacher, pins, events.clone());
     let source = source.start(node_name, events);
     let sync = tokio::spawn(sync::run(args.desired(), receiver, writer, reports));
 
@@ -153,15 +157,8 @@ fn report(args: &RunArgs, node_name: &str, reports: Reports) {
 
 type Task = tokio::task::JoinHandle<Result<()>>;
 
-fn devices(
-    args: &RunArgs,
-    ebpf: aya::Ebpf,
-    pins: Pins,
-    features: Features,
-    events: source::Sender,
-) -> Result<Task> {
-    let tables = Tables::open(&pins)?;
-    let devices = Devices::new(ebpf, pins, features, args.clone(), tables);
+fn devices(args: &RunArgs, attacher: Attacher, pins: Pins, events: source::Sender) -> Task {
+    let devices = Devices::new(attacher, pins, args.clone());
     let (sender, mut addresses) = mpsc::channel(1);
     tokio::spawn(async move {
         while let Some(local) = addresses.recv().await {
@@ -170,7 +167,7 @@ fn devices(
             }
         }
     });
-    Ok(tokio::spawn(devices.run(sender)))
+    tokio::spawn(devices.run(sender))
 }
 
 /// A source that can be reached as far as can be told from here.

@@ -61,7 +61,7 @@ pub fn workspace_bins() -> Result<Built> {
 
 fn release() -> Result<Built> {
     // Alone: what the builder's tool wants of a dependency does not belong into what is shipped.
-    build(&["--release", "--package", "lb-agent", "--bins"])
+    build(&["--release", "--package", "lb-agent", "--package", "lb-cni", "--bins"])
 }
 
 fn build(args: &[&str]) -> Result<Built> {

@@ -4,6 +4,7 @@ use anyhow::Result;
 use clap::{Parser, Subcommand, ValueEnum};
 use comfy_table::{Table, presets};
 use lb_agent::inspect::{self, Flow, Frontend, Status};
+use lb_agent::kernel::pins::DEFAULT_BPFFS;
 use serde::Serialize;
 use std::io::{ErrorKind, Write as _};
 use std::path::PathBuf;
@@ -13,7 +14,7 @@ use std::process::ExitCode;
 #[command(name = "lbctl", version, about = "Shows what lb-agent has put into the kernel of this node")]
 struct Cli {
     /// The BPF file system that lb-agent was given
-    #[arg(long, global = true, value_name = "DIR", env = "LB_BPFFS", default_value = "/sys/fs/bpf")]
+    #[arg(long, global = true, value_name = "DIR", env = "LB_BPFFS", default_value = DEFAULT_BPFFS)]
     bpffs: PathBuf,
     /// Form of the output
     #[arg(short, long, global = true, value_enum, default_value = "table")]

@@ -1,14 +1,13 @@
 //! The only part of the agent that touches the kernel.
 //!
-//! - [`pins`]: where everything is pinned. - [`programs`]: loads the programs. - [`attach`]: puts them on devices
-//!   and the cgroup. - [`devices`]: follows the devices by netlink. - [`tables`]: the maps, typed.
+//! - [`pins`]: where everything is pinned. - [`programs`]: loads the programs. - [`devices`]: follows the devices by
+//!   netlink, and has [`lb_attach`] put programs on them. - [`sockets`]: puts programs on the cgroup.
+//! - [`tables`]: the maps, typed.
 //! - [`writer`]: writes what [`crate::desired`] wants. - [`sweep`]: ends flows that have timed out.
 //! - [`destroy`]: ends connected UDP sockets whose backend is gone.
 
-pub mod attach;
 pub mod destroy;
 pub mod devices;
-pub mod pins;
 pub mod ports;
 pub mod programs;
 pub mod sockets;
@@ -18,3 +17,5 @@ pub mod tables;
 #[cfg(test)]
 pub(crate) mod testing;
 pub mod writer;
+
+pub use lb_attach::pins;

@@ -4,10 +4,11 @@ use super::pins::Pins;
 use crate::cli::{RunArgs, SocketLb};
 use anyhow::{Context as _, Result, anyhow, bail};
 use aya::maps::MapInfo;
-use aya::programs::{ProgramType, SchedClassifier, tc::TcAttachType};
+use aya::programs::{ProgramType, SchedClassifier};
 use aya::sys::{BpfHelper, is_helper_supported, is_program_supported};
 use aya::util::nr_cpus;
 use aya::{Ebpf, EbpfLoader};
+use lb_attach::attach::{self, Attacher, Hook};
 use lb_common::maps::{Held, flags};
 use std::os::fd::AsRawFd as _;
 use tracing::warn;
@@ -75,7 +76,7 @@ impl Features {
         if has(ProgramType::CgroupSockAddr, BpfHelper::BPF_FUNC_set_retval) {
             bits |= flags::SET_RETVAL;
         }
-        Ok(Self { tcx: SchedClassifier::query_tcx("lo", TcAttachType::Ingress).is_ok(), flags: bits })
+        Ok(Self { tcx: attach::has_tcx(), flags: bits })
     }
 
     /// One line for the log.
@@ -132,14 +133,29 @@ pub fn load(pins: &Pins, args: &RunArgs, features: Features) -> Result<Ebpf> {
     if let Some(warning) = kept_size(pins, args.flow_table_max)? {
         warn!("{warning}");
     }
-    for name in ["ingress", "egress"] {
-        let program: &mut SchedClassifier = ebpf
-            .program_mut(name)
-            .with_context(|| format!("the object has no program {name}"))?
-            .try_into()?;
-        program.load().with_context(|| format!("load the tc program {name}"))?;
+    for hook in Hook::BOTH {
+        let program = tc_program(&mut ebpf, hook)?;
+        program.load().with_context(|| format!("load the tc program {}", hook.program()))?;
     }
     Ok(ebpf)
+}
+
+fn tc_program(ebpf: &mut Ebpf, hook: Hook) -> Result<&mut SchedClassifier> {
+    let name = hook.program();
+    let program = ebpf.program_mut(name).with_context(|| format!("the object has no program {name}"))?;
+    Ok(program.try_into()?)
+}
+
+/// Pins the tc programs: from now on the CNI plugin attaches these, too.
+///
+/// # Errors
+/// If the kernel refuses.
+pub fn pin(ebpf: &mut Ebpf, pins: &Pins, features: Features) -> Result<Attacher> {
+    let turn = pins.lock()?;
+    for hook in Hook::BOTH {
+        attach::pin_program(&turn, pins, hook, tc_program(ebpf, hook)?)?;
+    }
+    Attacher::open(&turn, pins, features.tcx)?.context("the programs that were just pinned are gone")
 }
 
 /// Room for fragments that overtook the first one: some on every processor that the kernel may use.

@@ -1,7 +1,7 @@
 //! What a device is to us.
 
-use super::snapshot::{Link, Snapshot};
 use crate::cli::RunArgs;
+use lb_attach::snapshot::{Link, Snapshot};
 
 /// What traffic a device carries.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

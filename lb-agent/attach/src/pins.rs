@@ -1,12 +1,20 @@
 //! Where programs, maps and links are pinned, so that traffic goes on without the agent.
 //!
-//! `<bpffs>/lb/v<version>/{maps,programs,links}`. The version is that of the maps' layouts.
+//! `<bpffs>/lb/v<version>/{maps,programs,links}`. The version is that of the maps' layouts. What is in `programs` is what
+//! the plugin attaches: without, it leaves devices to the agent.
 
 use anyhow::{Context as _, Result, bail};
 use nix::mount::{MsFlags, mount};
 use nix::sys::statfs::{BPF_FS_MAGIC, statfs};
-use std::fs;
+use std::fs::{self, File, TryLockError};
 use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
+
+/// The BPF file system, unless told.
+pub const DEFAULT_BPFFS: &str = "/sys/fs/bpf";
+
+/// How long to wait for whoever attaches or takes off programs at the moment: it takes them milliseconds.
+const PATIENCE: Duration = Duration::from_secs(10);
 
 /// The pin directory of one agent.
 #[derive(Clone, Debug)]
@@ -67,10 +75,36 @@ impl Pins {
         dir.flatten().filter_map(|entry| entry.file_name().into_string().ok()).collect()
     }
 
+    /// Waits for our turn to attach programs, take them off, or pin others. The agent and every plugin do it one after
+    /// the other, so that a device that two of them see at once has each program once.
+    ///
+    /// # Errors
+    /// If there are no pins, or somebody keeps us waiting.
+    pub fn lock(&self) -> Result<Turn> {
+        let path = self.root.join("links");
+        let dir = File::open(&path).with_context(|| format!("open {}", path.display()))?;
+        let deadline = Instant::now() + PATIENCE;
+        loop {
+            match dir.try_lock() {
+                Ok(()) => return Ok(Turn { _dir: dir }),
+                Err(TryLockError::WouldBlock) if Instant::now() < deadline => {
+                    std::thread::sleep(Duration::from_millis(1));
+                }
+                Err(error) => return Err(error).with_context(|| format!("lock {}", path.display())),
+            }
+        }
+    }
+
     /// The directory that holds all pins.
     pub fn root(&self) -> &Path {
         &self.root
     }
+}
+
+/// Our turn, until it is dropped.
+#[derive(Debug)]
+pub struct Turn {
+    _dir: File,
 }
 
 fn is_bpffs(dir: &Path) -> Result<bool> {

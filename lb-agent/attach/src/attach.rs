@@ -1,0 +1,228 @@
+//! The pinned tc programs: put on devices, so that they stay there without us, and replaced atomically.
+
+use crate::pins::{Pins, Turn};
+use crate::snapshot::Link;
+use crate::{clsact, tcx};
+use anyhow::{Context as _, Result};
+use aya::maps::{HashMap, Map, MapData};
+use aya::programs::tc::TcAttachType;
+use aya::programs::{ProgramError, SchedClassifier};
+use aya::sys::SyscallError;
+use lb_common::maps::Device;
+use std::collections::BTreeSet;
+use std::fs;
+use std::io::ErrorKind;
+use std::path::Path;
+
+/// Which of the two programs.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Hook {
+    /// Packets that come in.
+    Ingress,
+    /// Packets that leave.
+    Egress,
+}
+
+impl Hook {
+    /// Both.
+    pub const BOTH: [Self; 2] = [Self::Ingress, Self::Egress];
+
+    /// The program's name.
+    pub const fn program(self) -> &'static str {
+        match self {
+            Self::Ingress => "ingress",
+            Self::Egress => "egress",
+        }
+    }
+
+    pub(crate) const fn attach_type(self) -> TcAttachType {
+        match self {
+            Self::Ingress => TcAttachType::Ingress,
+            Self::Egress => TcAttachType::Egress,
+        }
+    }
+}
+
+/// Whether the kernel has tcx links (6.6); otherwise clsact filters are used.
+pub fn has_tcx() -> bool {
+    SchedClassifier::query_tcx("lo", TcAttachType::Ingress).is_ok()
+}
+
+/// Pins a program, in place of a former one without a moment between.
+///
+/// # Errors
+/// If the kernel refuses.
+pub fn pin_program(_turn: &Turn, pins: &Pins, hook: Hook, program: &mut SchedClassifier) -> Result<()> {
+    let pin = pins.program(hook.program());
+    // Names with dots are the kernel's own.
+    let aside = pins.program(&format!("{}-new", hook.program()));
+    remove(&aside)?;
+    program.pin(&aside).with_context(|| format!("pin the program at {}", aside.display()))?;
+    fs::rename(&aside, &pin).with_context(|| format!("rename {} to {}", aside.display(), pin.display()))
+}
+
+/// What is wrong with a device that is to be served.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Fault {
+    /// A program is not attached.
+    Detached(Hook),
+    /// The device table has no entry, or another one.
+    Entry,
+}
+
+impl std::fmt::Display for Fault {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Self::Detached(hook) => write!(f, "the {} program is not attached", hook.program()),
+            Self::Entry => f.write_str("its entry in the device table is missing or different"),
+        }
+    }
+}
+
+/// Puts the programs that are pinned onto devices.
+pub struct Attacher {
+    pins: Pins,
+    tcx: bool,
+    programs: [(Hook, SchedClassifier); 2],
+    devices: HashMap<MapData, u32, Device>,
+}
+
+impl Attacher {
+    /// Opens what is pinned. Nothing if no agent has pinned programs of our version; others pin theirs only when it is
+    /// their turn, so what is opened in ours stays the newest as long.
+    ///
+    /// # Errors
+    /// If the kernel refuses.
+    pub fn open(_turn: &Turn, pins: &Pins, tcx: bool) -> Result<Option<Self>> {
+        let open = |hook: Hook| -> Result<Option<(Hook, SchedClassifier)>> {
+            let pin = pins.program(hook.program());
+            match SchedClassifier::from_pin(&pin) {
+                Ok(program) => Ok(Some((hook, program))),
+                Err(ProgramError::SyscallError(SyscallError { io_error, .. }))
+                    if io_error.kind() == ErrorKind::NotFound =>
+                {
+                    Ok(None)
+                }
+                Err(error) => Err(error).with_context(|| format!("open the program {}", pin.display())),
+            }
+        };
+        let (Some(ingress), Some(egress)) = (open(Hook::Ingress)?, open(Hook::Egress)?) else {
+            return Ok(None);
+        };
+        let pin = pins.map("LB_DEVICE");
+        let map = MapData::from_pin(&pin).with_context(|| format!("open the map {}", pin.display()))?;
+        let devices = HashMap::try_from(Map::HashMap(map)).context("the device table")?;
+        Ok(Some(Self { pins: pins.clone(), tcx, programs: [ingress, egress], devices }))
+    }
+
+    /// Serves a device: its entry, both programs. Those that are attached already are replaced without a moment between.
+    ///
+    /// # Errors
+    /// If the kernel refuses.
+    pub fn attach(&mut self, _turn: &Turn, link: &Link, entry: Device) -> Result<()> {
+        // The table first: a program must not meet a device that it knows nothing of.
+        self.set_entry(link.index, entry)?;
+        set_no_redirects(&link.name);
+        if let Some(bridge) = &link.bridge_name {
+            set_no_redirects(bridge);
+        }
+        for (hook, program) in &mut self.programs {
+            if self.tcx {
+                tcx::attach(program, &self.pins, link, *hook)?;
+            } else {
+                clsact::attach(program, link, *hook)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Changes what the programs know of a device.
+    ///
+    /// # Errors
+    /// If the kernel refuses.
+    pub fn set_entry(&mut self, index: u32, entry: Device) -> Result<()> {
+        self.devices.insert(index, entry, 0).context("write the device table")
+    }
+
+    /// What has become of a device that is served.
+    ///
+    /// # Errors
+    /// If the kernel does not tell.
+    pub fn faults(&self, link: &Link, entry: Device) -> Result<Vec<Fault>> {
+        let mut faults = Vec::new();
+        for (hook, program) in &self.programs {
+            let id = program.info().context("ask for a program's id")?.id();
+            let attached = if self.tcx {
+                tcx::is_attached(id, link, *hook)
+            } else {
+                clsact::is_attached(id, link, *hook)
+            };
+            if !attached? {
+                faults.push(Fault::Detached(*hook));
+            }
+        }
+        if self.devices.get(&link.index, 0).ok() != Some(entry) {
+            faults.push(Fault::Entry);
+        }
+        Ok(faults)
+    }
+
+    /// Indexes of the devices that are served, whoever attached the programs; some may be gone.
+    pub fn served(&self) -> BTreeSet<u32> {
+        // An entry is written before its links, and kept where there are no links.
+        let entries = self.devices.keys().filter_map(Result::ok);
+        entries.chain(self.pins.links().iter().filter_map(|name| tcx::index_in(name))).collect()
+    }
+
+    /// Serves a device no more. Without a name, it is gone, and only what was kept of it is removed.
+    ///
+    /// # Errors
+    /// If the kernel refuses.
+    pub fn detach(&mut self, turn: &Turn, index: u32, name: Option<&str>) -> Result<()> {
+        let result = detach(turn, &self.pins, index, name, self.tcx);
+        // An entry of a device that is gone harms nobody.
+        let _ = self.devices.remove(&index);
+        result
+    }
+}
+
+/// Takes the programs off a device, as [`Attacher::detach`] does, also where no program is pinned any more.
+///
+/// # Errors
+/// If the kernel refuses.
+pub fn detach(_turn: &Turn, pins: &Pins, index: u32, name: Option<&str>, tcx: bool) -> Result<()> {
+    for hook in Hook::BOTH {
+        if tcx {
+            remove(&tcx::pin(pins, index, hook))?;
+        } else if let Some(name) = name {
+            clsact::detach(name, hook);
+        }
+    }
+    Ok(())
+}
+
+/// Removes a pin, which need not be there.
+pub(crate) fn remove(pin: &Path) -> Result<()> {
+    match fs::remove_file(pin) {
+        Err(e) if e.kind() != ErrorKind::NotFound => {
+            Err(e).with_context(|| format!("remove the pin {}", pin.display()))
+        }
+        _ => Ok(()),
+    }
+}
+
+/// Packets that enter and leave by one device are normal here, and no reason to tell pods of a better way.
+fn set_no_redirects(device: &str) {
+    for name in ["all", device] {
+        let path = format!("/proc/sys/net/ipv4/conf/{name}/send_redirects");
+        if fs::read_to_string(&path).is_ok_and(|value| value.trim() == "0") {
+            continue;
+        }
+        match fs::write(&path, "0") {
+            Ok(()) => tracing::info!("switched off ICMP redirects: {path} = 0"),
+            Err(error) => {
+                tracing::warn!("{path}: {error}; clients on the same segment may be sent redirects");
+            }
+        }
+    }
+}

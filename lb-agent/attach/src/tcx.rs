@@ -1,0 +1,61 @@
+//! Programs on devices by pinned tcx links (6.6).
+
+use crate::attach::{Hook, remove};
+use crate::pins::Pins;
+use crate::snapshot::Link;
+use anyhow::{Context as _, Result};
+use aya::programs::SchedClassifier;
+use aya::programs::links::{FdLink, LinkOrder, PinnedLink};
+use aya::programs::tc::{SchedClassifierLink, TcAttachOptions};
+use std::path::{Path, PathBuf};
+
+/// Where a link is pinned. By index: names change, and indexes are never used twice while a device lives.
+pub(crate) fn pin(pins: &Pins, index: u32, hook: Hook) -> PathBuf {
+    pins.link(&format!("tc-{index}-{}", hook.program()))
+}
+
+/// The device index in the name of a pin.
+pub(crate) fn index_in(name: &str) -> Option<u32> {
+    name.strip_prefix("tc-")?.split('-').next()?.parse().ok()
+}
+
+/// Attaches `program`, or puts it in place of the one that the pinned link has.
+pub(crate) fn attach(program: &mut SchedClassifier, pins: &Pins, device: &Link, hook: Hook) -> Result<()> {
+    let pin = pin(pins, device.index, hook);
+    if pin.exists() {
+        match replace(program, &pin).and_then(|()| is_attached(program.info()?.id(), device, hook)) {
+            Ok(true) => return Ok(()),
+            // The link may be to a device that had this index before, or have been detached (ENOLINK).
+            Ok(false) => tracing::debug!("{}: a link to nothing; attaching anew", pin.display()),
+            Err(error) => tracing::debug!("{}: {error:#}; attaching anew", pin.display()),
+        }
+        remove(&pin)?;
+    }
+    // Before everybody else at ingress and after them at egress, as PREROUTING and POSTROUTING are.
+    let order = match hook {
+        Hook::Ingress => LinkOrder::first(),
+        Hook::Egress => LinkOrder::last(),
+    };
+    let id = program
+        .attach_with_options(&device.name, hook.attach_type(), TcAttachOptions::TcxOrder(order))
+        .with_context(|| format!("attach {} to {}", hook.program(), device.name))?;
+    let link: FdLink = program.take_link(id)?.try_into()?;
+    link.pin(&pin).with_context(|| format!("pin the link at {}", pin.display()))?;
+    Ok(())
+}
+
+fn replace(program: &mut SchedClassifier, pin: &Path) -> Result<()> {
+    let link = FdLink::from(PinnedLink::from_pin(pin)?);
+    let link = SchedClassifierLink::try_from(link)?;
+    let id = program.attach_to_link(link)?;
+    // The program must not take the link along when it goes.
+    let _: FdLink = program.take_link(id)?.try_into()?;
+    Ok(())
+}
+
+/// Whether the program with this id is on the device.
+pub(crate) fn is_attached(id: u32, device: &Link, hook: Hook) -> Result<bool> {
+    let (_, programs) = SchedClassifier::query_tcx(&device.name, hook.attach_type())
+        .with_context(|| format!("ask what is attached to {}", device.name))?;
+    Ok(programs.iter().any(|program| program.id() == id))
+}
