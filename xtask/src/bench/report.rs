@@ -124,16 +124,26 @@ impl Report {
             "## Our programs (ns a packet, `BPF_PROG_TEST_RUN`, hot cache)\n\nMedian of the turns, with what running an \
              empty program costs; (least..most) of the turns.\n"
         );
-        let mut table = Table::new(&["packet", "hook", "IPv4", "(turns)", "IPv6", "(turns)"]);
+        let mut table =
+            Table::new(&["packet", "hook", "IPv4", "× floor", "IPv6", "× floor", "at most", "of"]);
         for cost in &self.programs {
-            let of = |s: Option<Spread>| {
-                s.map_or_else(
-                    || ("–".into(), String::new()),
-                    |s| (format!("{:.1}", s.median), format!("{:.1}..{:.1}", s.min, s.max)),
-                )
+            let ns = |i: usize| {
+                cost.families.get(i).map_or_else(String::new, |f| {
+                    let s = f.nanoseconds;
+                    format!("{:.1} ({:.1}..{:.1})", s.median, s.min, s.max)
+                })
             };
-            let ((v4, turns4), (v6, turns6)) = (of(cost.v4), of(cost.v6));
-            table.row(vec![cost.packet.clone(), cost.hook.into(), v4, turns4, v6, turns6]);
+            let limit = |i: usize| cost.families.get(i).and_then(|f| f.limit.as_ref());
+            let ratio = |i: usize| {
+                limit(i).map_or_else(String::new, |l| {
+                    let mark = if l.is_kept() { "" } else { " **over**" };
+                    format!("{:.2}{mark}", l.ratio.median)
+                })
+            };
+            let (at_most, floor) =
+                limit(0).map_or_else(Default::default, |l| (format!("{}", l.at_most), l.floor.clone()));
+            let packet = cost.packet.clone();
+            table.row(vec![packet, cost.hook.clone(), ns(0), ratio(0), ns(1), ratio(1), at_most, floor]);
         }
         table.render(out);
     }

@@ -1,10 +1,10 @@
 //! Medians, spreads, and whether a difference is one.
 
 use hdrhistogram::Histogram;
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 
 /// The middle of some figures, and how far they lie apart.
-#[derive(Clone, Copy, Debug, Serialize)]
+#[derive(Clone, Copy, Debug, Serialize, Deserialize)]
 pub(super) struct Spread {
     pub(super) min: f64,
     pub(super) median: f64,

@@ -11,6 +11,10 @@ pub(super) const BACKEND_ID: u32 = 1;
 /// Its epoch.
 pub(super) const EPOCH: u32 = 7;
 
+/// The cases that new flows are held against.
+const REQUEST: &str = "pod → ClusterIP: request, at the client's device";
+const OUT: &str = "pod → outside: request";
+
 /// Where the established flows go. New ones go to other ports, so that none of them is one of these.
 const VIP: End = End(Who::Vip, 81);
 const BACKEND: End = End(Who::Backend, 8080);
@@ -23,12 +27,25 @@ pub(super) enum On {
     Uplink,
 }
 
+/// What a packet's cost is held against.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Floor {
+    /// A bare program that does one look-up and one rewrite.
+    Rewrite,
+    /// A bare program whose two look-ups find nothing.
+    Miss,
+    /// This case's cost.
+    Established(&'static str),
+}
+
 /// A packet, the flows that it belongs to, and what becomes of it.
 pub(super) struct Case<A> {
     pub(super) name: &'static str,
     pub(super) hook: &'static str,
     pub(super) on: On,
     pub(super) work: Work,
+    /// How many times the floor it may cost.
+    pub(super) limit: (Floor, f64),
     pub(super) packet: Vec<u8>,
     pub(super) flows: Vec<(FlowKey<A>, Flow<A>)>,
 }
@@ -38,13 +55,7 @@ pub(super) fn all<A: Family>() -> Result<Vec<Case<A>>> {
     let client = |port| End(Who::Client, port);
     let node = |port| End(Who::Node, port);
     Ok(vec![
-        established(
-            "pod → ClusterIP: request, at the client's device",
-            "ingress",
-            On::Pod,
-            Side::Front,
-            dnat(client(40001)),
-        )?,
+        established(REQUEST, "ingress", On::Pod, Side::Front, dnat(client(40001)))?,
         established(
             "– request, at the backend's device (nothing to do)",
             "egress",
@@ -67,16 +78,16 @@ pub(super) fn all<A: Family>() -> Result<Vec<Case<A>>> {
             Side::Front,
             udp(client(40005)),
         )?,
-        established("pod → outside: request", "egress", On::Uplink, Side::Forward, masqueraded(40006))?,
+        established(OUT, "egress", On::Uplink, Side::Forward, masqueraded(40006))?,
         established("– reply", "ingress", On::Uplink, Side::Back, masqueraded(40007))?,
         other("none of ours, TCP", "ingress", On::Pod, client(40008), OUTSIDE)?,
         other("none of ours, TCP, port as for masquerading", "ingress", On::Uplink, OUTSIDE, client(15000))?,
         other("none of ours, TCP", "egress", On::Pod, OUTSIDE, client(40009))?,
         other("none of ours, the node's own", "egress", On::Uplink, node(40010), OUTSIDE)?,
         other("none of ours, pod to pod", "egress", On::Uplink, client(40011), BACKEND)?,
-        new("new flow: pod → ClusterIP", "ingress", On::Pod, End(Who::Vip, 80), 60_000)?,
+        new("new flow: pod → ClusterIP", REQUEST, ("ingress", On::Pod), End(Who::Vip, 80), 60_000)?,
         // One destination has 20,000 ports to masquerade to.
-        new("new flow: pod → outside", "egress", On::Uplink, End(Who::Outside, 80), 8_000)?,
+        new("new flow: pod → outside", OUT, ("egress", On::Uplink), End(Who::Outside, 80), 8_000)?,
     ])
 }
 
@@ -115,19 +126,26 @@ fn established<A: Family>(
     let packet =
         packet::build::<A>(end(key.src, key.sport.get()), end(key.dst, key.dport.get()), transport, false)?;
     let flows = std::iter::once(flow).chain(back).map(entry).collect();
-    Ok(Case { name, hook, on, work, packet, flows })
+    Ok(Case { name, hook, on, work, limit: (Floor::Rewrite, 1.4), packet, flows })
 }
 
 /// No flow at all.
 fn other<A: Family>(name: &'static str, hook: &'static str, on: On, src: End, dst: End) -> Result<Case<A>> {
     let packet = packet::build::<A>(src, dst, Transport::Ack, false)?;
-    Ok(Case { name, hook, on, work: Work::Pass, packet, flows: Vec::new() })
+    Ok(Case { name, hook, on, work: Work::Pass, limit: (Floor::Miss, 1.3), packet, flows: Vec::new() })
 }
 
-/// The first packets of `count` flows.
-fn new<A: Family>(name: &'static str, hook: &'static str, on: On, dst: End, count: u32) -> Result<Case<A>> {
+/// The first packets of `count` flows; `then` is the case of the same flow's later packets.
+fn new<A: Family>(
+    name: &'static str,
+    then: &'static str,
+    (hook, on): (&'static str, On),
+    dst: End,
+    count: u32,
+) -> Result<Case<A>> {
     let packet = packet::build::<A>(End(Who::Client, 1), dst, Transport::Syn, true)?;
-    Ok(Case { name, hook, on, work: Work::Fresh(count), packet, flows: Vec::new() })
+    let limit = (Floor::Established(then), 6.0);
+    Ok(Case { name, hook, on, work: Work::Fresh(count), limit, packet, flows: Vec::new() })
 }
 
 /// A flow from a pod to a ClusterIP; nothing to masquerade.

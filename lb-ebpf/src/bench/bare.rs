@@ -1,0 +1,183 @@
+//! What there is to beat: the least that a program can do for a packet with the same maps and helpers. TCP and UDP
+//! without options, nothing else; a packet of any other kind is dropped, so that a wrong one shows.
+
+use aya_ebpf::bindings::{__sk_buff, BPF_F_NO_PREALLOC, BPF_F_PSEUDO_HDR, TC_ACT_SHOT, TC_ACT_UNSPEC};
+use aya_ebpf::helpers::generated as helpers;
+use aya_ebpf::macros::{classifier, map};
+use aya_ebpf::maps::HashMap;
+use aya_ebpf::programs::TcContext;
+use lb_common::addr::{Ip4, Ip6, NetPort};
+use lb_common::maps::{FlowKey, FrontendKey};
+
+/// Where a destination becomes another.
+#[repr(C)]
+#[derive(Clone, Copy)]
+pub(crate) struct To<A> {
+    addr: A,
+    port: NetPort,
+    pad: [u8; 2],
+}
+
+#[map]
+static BARE_FLOW4: HashMap<FlowKey<Ip4>, To<Ip4>> = HashMap::with_max_entries(1 << 18, BPF_F_NO_PREALLOC);
+#[map]
+static BARE_FLOW6: HashMap<FlowKey<Ip6>, To<Ip6>> = HashMap::with_max_entries(1 << 18, BPF_F_NO_PREALLOC);
+#[map]
+static BARE_FRONT4: HashMap<FrontendKey<Ip4>, u64> = HashMap::with_max_entries(1 << 17, BPF_F_NO_PREALLOC);
+#[map]
+static BARE_FRONT6: HashMap<FrontendKey<Ip6>, u64> = HashMap::with_max_entries(1 << 17, BPF_F_NO_PREALLOC);
+
+const ETHERNET: usize = 14;
+
+trait Bare: Copy {
+    /// End of the IP header.
+    const IP: usize;
+    /// Offsets of the destination address.
+    const DST: usize;
+    const PROTO: usize;
+    fn flow(key: &FlowKey<Self>) -> Option<To<Self>>;
+    fn front(key: &FrontendKey<Self>) -> bool;
+    /// Checksum differences, whether for the IP header or not, from one address to another.
+    fn address(skb: *mut __sk_buff, l4: u32, old: &Self, new: &Self) -> bool;
+}
+
+impl Bare for Ip4 {
+    const IP: usize = ETHERNET + 20;
+    const DST: usize = ETHERNET + 16;
+    const PROTO: usize = ETHERNET + 9;
+
+    #[inline(always)]
+    fn flow(key: &FlowKey<Self>) -> Option<To<Self>> {
+        // SAFETY: nothing writes while the test runs.
+        unsafe { BARE_FLOW4.get(key) }.copied()
+    }
+
+    #[inline(always)]
+    fn front(key: &FrontendKey<Self>) -> bool {
+        BARE_FRONT4.get_ptr(key).is_some()
+    }
+
+    #[inline(always)]
+    fn address(skb: *mut __sk_buff, l4: u32, old: &Self, new: &Self) -> bool {
+        let (old, new) = (u64::from(old.wire()), u64::from(new.wire()));
+        // SAFETY: no pointers but the context.
+        unsafe {
+            helpers::bpf_l3_csum_replace(skb, ETHERNET as u32 + 10, old, new, 4) == 0
+                && helpers::bpf_l4_csum_replace(skb, l4, old, new, u64::from(BPF_F_PSEUDO_HDR) | 4) == 0
+        }
+    }
+}
+
+impl Bare for Ip6 {
+    const IP: usize = ETHERNET + 40;
+    const DST: usize = ETHERNET + 24;
+    const PROTO: usize = ETHERNET + 6;
+
+    #[inline(always)]
+    fn flow(key: &FlowKey<Self>) -> Option<To<Self>> {
+        // SAFETY: as above.
+        unsafe { BARE_FLOW6.get(key) }.copied()
+    }
+
+    #[inline(always)]
+    fn front(key: &FrontendKey<Self>) -> bool {
+        BARE_FRONT6.get_ptr(key).is_some()
+    }
+
+    #[inline(always)]
+    fn address(skb: *mut __sk_buff, l4: u32, old: &Self, new: &Self) -> bool {
+        let (mut old, mut new) = (*old, *new);
+        // SAFETY: both are sixteen bytes, which the helper reads.
+        unsafe {
+            let difference = helpers::bpf_csum_diff((&raw mut old).cast(), 16, (&raw mut new).cast(), 16, 0);
+            helpers::bpf_l4_csum_replace(skb, l4, 0, difference as u64, u64::from(BPF_F_PSEUDO_HDR)) == 0
+        }
+    }
+}
+
+/// The tuple of a packet without options.
+#[inline(always)]
+fn parse<A: Bare>(ctx: &TcContext) -> Option<FlowKey<A>> {
+    let (data, end) = (ctx.data(), ctx.data_end());
+    if data + A::IP + 4 > end {
+        return None;
+    }
+    // SAFETY: within the bounds just checked; BPF loads need no alignment.
+    let key = unsafe {
+        FlowKey {
+            src: *((data + A::DST - size_of::<A>()) as *const A),
+            dst: *((data + A::DST) as *const A),
+            sport: *((data + A::IP) as *const NetPort),
+            dport: *((data + A::IP + 2) as *const NetPort),
+            proto: *((data + A::PROTO) as *const u8),
+            variant: 0,
+            pad: [0; 2],
+        }
+    };
+    (key.proto == 6 || key.proto == 17).then_some(key)
+}
+
+#[inline(always)]
+fn rewrite<A: Bare>(ctx: &TcContext) -> Option<()> {
+    let key = parse::<A>(ctx)?;
+    let to = A::flow(&key)?;
+    let skb = ctx.skb.skb;
+    let l4 = A::IP as u32 + if key.proto == 6 { 16 } else { 6 };
+    let (old, new) = (u64::from(key.dport.wire()), u64::from(to.port.wire()));
+    // SAFETY: the helper reads as many bytes as it is told of.
+    let done = A::address(skb, l4, &key.dst, &to.addr)
+        && unsafe {
+            helpers::bpf_l4_csum_replace(skb, l4, old, new, 2) == 0
+                && helpers::bpf_skb_store_bytes(
+                    skb.cast(),
+                    A::DST as u32,
+                    (&raw const to.addr).cast(),
+                    size_of::<A>() as u32,
+                    0,
+                ) == 0
+                && helpers::bpf_skb_store_bytes(
+                    skb.cast(),
+                    A::IP as u32 + 2,
+                    (&raw const to.port).cast(),
+                    2,
+                    0,
+                ) == 0
+        };
+    done.then_some(())
+}
+
+#[inline(always)]
+fn miss<A: Bare>(ctx: &TcContext) -> Option<()> {
+    let key = parse::<A>(ctx)?;
+    let front = FrontendKey { addr: key.dst, port: key.dport, proto: key.proto, pad: [0; 5] };
+    (A::flow(&key).is_none() && !A::front(&front)).then_some(())
+}
+
+#[inline(always)]
+fn verdict(done: Option<()>) -> i32 {
+    if done.is_some() { TC_ACT_UNSPEC } else { TC_ACT_SHOT }
+}
+
+/// One look-up, one rewrite of a destination.
+#[classifier]
+pub(crate) fn bare_rewrite4(ctx: TcContext) -> i32 {
+    verdict(rewrite::<Ip4>(&ctx))
+}
+
+/// The same in IPv6.
+#[classifier]
+pub(crate) fn bare_rewrite6(ctx: TcContext) -> i32 {
+    verdict(rewrite::<Ip6>(&ctx))
+}
+
+/// Two look-ups that find nothing.
+#[classifier]
+pub(crate) fn bare_miss4(ctx: TcContext) -> i32 {
+    verdict(miss::<Ip4>(&ctx))
+}
+
+/// The same in IPv6.
+#[classifier]
+pub(crate) fn bare_miss6(ctx: TcContext) -> i32 {
+    verdict(miss::<Ip6>(&ctx))
+}
