@@ -95,6 +95,12 @@ pub enum Side {
     Back = 3,
     /// backend → client, at egress: the source becomes the VIP.
     Reply = 4,
+    /// client → VIP, under [`Side::Front`]'s key and by itself: somebody else (netfilter) translates this flow and has done
+    /// so before we came. Left alone.
+    Foreign = 5,
+    /// Under the key of any side: the flow is being handed over to netfilter. For these microseconds its packets go
+    /// nowhere, or both would translate them.
+    Held = 6,
 }
 
 impl Side {
@@ -105,6 +111,8 @@ impl Side {
             2 => Some(Self::Forward),
             3 => Some(Self::Back),
             4 => Some(Self::Reply),
+            5 => Some(Self::Foreign),
+            6 => Some(Self::Held),
             _ => None,
         }
     }
@@ -177,7 +185,9 @@ impl<A: Addr> Flow<A> {
     #[inline(always)]
     pub fn key(&self, side: Side) -> FlowKey<A> {
         let (src, sport, dst, dport) = match side {
-            Side::Front => (self.client, self.client_port, self.vip, self.vip_port),
+            Side::Front | Side::Foreign | Side::Held => {
+                (self.client, self.client_port, self.vip, self.vip_port)
+            }
             Side::Forward => (self.client, self.alias_port, self.backend, self.backend_port),
             Side::Back => (self.backend, self.backend_port, self.masq, self.masq_port),
             Side::Reply => (self.backend, self.backend_port, self.client, self.alias_port),
@@ -525,6 +535,26 @@ pub mod cidr {
     pub const NO_MASQUERADE: u32 = 2;
 }
 
+/// What the programs do about flows that they do not know: the only value of `LB_STANCE`, which every version of the
+/// programs has and understands.
+pub mod stance {
+    /// They are ours.
+    pub const SERVE: u32 = 0;
+    /// They are left to whoever comes next: another version's programs behind ours, or kube-proxy's rules.
+    pub const LEAVE: u32 = 1;
+    /// TCP connections that begin are ours, all others are left. (Whether a datagram begins a flow, only he can tell who
+    /// has the others.)
+    pub const BEGIN: u32 = 2;
+}
+
+/// In `__sk_buff::cb[0]`, from a version's program to another version's behind it: the packet has been seen to.
+pub mod seen_to {
+    /// At ingress.
+    pub const INGRESS: u32 = 0x6c62_b1d6;
+    /// At egress.
+    pub const EGRESS: u32 = 0x6c62_4e29;
+}
+
 /// Bits of the programs' `FLAGS`: set at load time and constant, so that the verifier drops what is switched off.
 pub mod flags {
     /// `bpf_ktime_get_coarse_ns` exists (5.11).
@@ -537,6 +567,8 @@ pub mod flags {
     pub const LOG: u32 = 8;
     /// `bpf_l4_csum_replace` knows `BPF_F_IPV6` (6.16): right for `CHECKSUM_COMPLETE` too.
     pub const CSUM_IPV6: u32 = 16;
+    /// Another version's programs are behind: tell them what has been seen to.
+    pub const FRONT: u32 = 32;
 }
 
 /// Key of the socket tables: a socket and one peer of it. IPv4 is mapped.

@@ -96,6 +96,9 @@ pub(crate) static LB_PORTS: Array<u64> = Array::with_max_entries(1024, 0);
 pub(crate) static LB_TAKEN: Array<u32> = Array::with_max_entries(Taken::PLACES, 0);
 #[map]
 pub(crate) static LB_COUNT: PerCpuArray<u64> = PerCpuArray::with_max_entries(Reason::ALL.len() as u32, 0);
+/// See [`lb_common::maps::stance`].
+#[map]
+pub(crate) static LB_STANCE: Array<u32> = Array::with_max_entries(1, 0);
 /// A value out of the verifier's sight: see `Kernel::launder`.
 #[map]
 pub(crate) static LB_SCRATCH: PerCpuArray<[u64; 16]> = PerCpuArray::with_max_entries(1, 0);

@@ -2,8 +2,8 @@
 
 use crate::frames;
 use crate::tables::{
-    self, FLAGS, HASH_SEED, LB_BEGUN, LB_DEVICE, LB_PORTS, LB_SCRATCH, LB_TAKEN, MASQ_FIRST, MASQ_LAST, Maps,
-    RECENT,
+    self, FLAGS, HASH_SEED, LB_BEGUN, LB_DEVICE, LB_PORTS, LB_SCRATCH, LB_STANCE, LB_TAKEN, MASQ_FIRST,
+    MASQ_LAST, Maps, RECENT,
 };
 use aya_ebpf::bindings::{
     __sk_buff, BPF_F_MARK_MANGLED_0, BPF_F_PSEUDO_HDR, TC_ACT_SHOT, TC_ACT_UNSPEC, bpf_adj_room_mode,
@@ -23,7 +23,7 @@ use lb_common::datapath::{
 };
 use lb_common::maps::{
     Addr, Affinity, AffinityKey, Device, Flow, FlowKey, Fragment, FragmentKey, Frontend, FrontendKey, Range,
-    Slot, SlotKey, SourceKey, flags,
+    Slot, SlotKey, SourceKey, flags, seen_to, stance,
 };
 
 /// Destinations.
@@ -44,9 +44,22 @@ enum Hook {
     Egress,
 }
 
+impl Hook {
+    #[inline(always)]
+    const fn seen_to(self) -> u32 {
+        match self {
+            Self::Ingress => seen_to::INGRESS,
+            Self::Egress => seen_to::EGRESS,
+        }
+    }
+}
+
 #[inline(always)]
 fn run(ctx: &TcContext, hook: Hook) -> i32 {
     let skb = Skb(ctx.skb.skb);
+    if skb.has_been_seen_to(hook) {
+        return TC_ACT_UNSPEC;
+    }
     // SAFETY: the context is valid for the life of the program.
     let protocol = unsafe { (*skb.0).protocol } as u16;
     if protocol == Ip4::ETHERTYPE {
@@ -67,7 +80,13 @@ fn family<A: Wire + Maps>(mut skb: Skb, hook: Hook) -> i32 {
     };
     match verdict {
         // "Next": other programs on the device have their say.
-        Verdict::Pass => TC_ACT_UNSPEC,
+        Verdict::Pass => {
+            if FLAGS.load() & flags::FRONT != 0 {
+                skb.see_to(hook);
+            }
+            TC_ACT_UNSPEC
+        }
+        Verdict::Leave => TC_ACT_UNSPEC,
         Verdict::Drop(reason) => {
             around.count(reason);
             log(&skb, reason);
@@ -113,6 +132,28 @@ fn reject<A: Wire>(skb: &mut Skb, around: &Around) -> i32 {
 /// A packet in the kernel.
 #[derive(Clone, Copy)]
 struct Skb(*mut __sk_buff);
+
+impl Skb {
+    /// Whether another version's program in front of this one has seen to the packet, as far as this hook goes.
+    #[inline(always)]
+    fn has_been_seen_to(self, hook: Hook) -> bool {
+        // SAFETY: the context is valid.
+        unsafe {
+            if (*self.0).cb[0] != hook.seen_to() {
+                return false;
+            }
+            (*self.0).cb[0] = 0;
+        }
+        true
+    }
+
+    /// Says so to the one behind.
+    #[inline(always)]
+    fn see_to(self, hook: Hook) {
+        // SAFETY: the context is valid.
+        unsafe { (*self.0).cb[0] = hook.seen_to() };
+    }
+}
 
 impl Packet for Skb {
     #[inline(always)]
@@ -228,6 +269,11 @@ fn check(result: i64) -> Result<(), Reason> {
 struct Around(*mut __sk_buff);
 
 impl Kernel for Around {
+    #[inline(always)]
+    fn stance(&self) -> u32 {
+        LB_STANCE.get(0).copied().unwrap_or(stance::SERVE)
+    }
+
     #[inline(always)]
     fn hash_seed(&self) -> u32 {
         HASH_SEED.load()

@@ -17,7 +17,7 @@ use tracing::warn;
 pub(crate) static OBJECT: &[u8] = aya::include_bytes_aligned!(concat!(env!("OUT_DIR"), "/lb-ebpf.o"));
 
 /// Every map of the object, all pinned.
-pub(crate) const MAPS: [&str; 24] = [
+pub(crate) const MAPS: [&str; 25] = [
     "LB_FLOW4",
     "LB_FLOW6",
     "LB_FRONT4",
@@ -42,6 +42,7 @@ pub(crate) const MAPS: [&str; 24] = [
     "LB_NAME",
     "LB_SOCKET",
     "LB_NETNS",
+    "LB_STANCE",
 ];
 const FLOW_TABLES: [&str; 2] = ["LB_FLOW4", "LB_FLOW6"];
 /// Entries of a flow: see `lb_common::maps::Side`.

@@ -117,7 +117,7 @@ pub(super) fn repair<A: Wire, P: Packet, K: Tables<A>>(
         if matches!(headers.kind, Kind::Tcp(_)) {
             kernel.count(Reason::MidFlowPassed);
         }
-        return Verdict::Pass.raw();
+        return Verdict::Leave.raw();
     };
     restore(kernel, &entry);
     done(onward(packet, headers, entry.get())).raw()

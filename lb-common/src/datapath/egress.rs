@@ -1,6 +1,6 @@
 //! The egress hook: sources.
 
-use super::ingress::done;
+use super::ingress::{begins_here, done};
 use super::parse::{Headers, Kind, NotOurs, Wire, parse};
 use super::rewrite::{End, new_port, rewrite};
 use super::{FlowRef, Packet, Put, Reason, Tables, Verdict, fragments, icmp_error};
@@ -42,12 +42,15 @@ fn whole<A: Wire, P: Packet, K: Tables<A>>(packet: &mut P, kernel: &K, headers: 
                 None => return Verdict::Pass,
             },
             UNKNOWN => {
+                if !begins_here(kernel, headers) {
+                    return Verdict::Leave;
+                }
                 return Verdict::from_raw(match masquerade::new_flow(packet, kernel, headers) {
                     masquerade::NOT_WANTED => masqueraded::keep_port(packet, kernel, headers),
                     outcome => outcome,
                 });
             }
-            _ => return Verdict::Pass,
+            _ => return Verdict::Leave,
         },
     };
     known(packet, kernel, headers, &entry)
@@ -99,8 +102,9 @@ fn known<A: Wire, P: Packet, K: Tables<A>>(
             entry.seen(kernel.now(), headers.state());
             None
         }
+        Some(Side::Held) => Some(Verdict::Drop(Reason::HandedOver)),
         // Entries of the ingress hook: a packet that has not been through it.
-        Some(Side::Front | Side::Back) | None => Some(Verdict::Pass),
+        Some(Side::Front | Side::Back | Side::Foreign) | None => Some(Verdict::Pass),
     }
 }
 

@@ -5,7 +5,7 @@
 //! It is put in and taken out at the client's own device, where the destination is translated too, so that the
 //! address, which routing and policies look at, stays what it is.
 
-use super::ingress::{done, onward};
+use super::ingress::{begins_here, done, onward};
 use super::parse::{Headers, Kind, Wire};
 use super::ports::Ports;
 use super::{FlowRef, Outcome, Packet, Put, PutError, Reason, Tables, Verdict};
@@ -146,8 +146,8 @@ pub(super) fn straight<A: Wire, P: Packet, K: Tables<A>>(
         }
         forget(kernel, flow);
     }
-    if !headers.starts_flow() {
-        return Verdict::Pass.raw();
+    if !headers.starts_flow() || !begins_here(kernel, headers) {
+        return Verdict::Leave.raw();
     }
     let front = FrontendKey::new(headers.key.dst, headers.key.dport, headers.key.proto);
     if kernel.frontend(&front).is_some() {

@@ -5,7 +5,7 @@ use super::ingress::done;
 use super::parse::{Headers, Wire};
 use super::rewrite::{End, readdress};
 use super::{Kernel, Outcome, Packet, Reason, Tables, Verdict};
-use crate::maps::{Flow, FlowKey, Fragment, FragmentKey, FrontendKey, Side};
+use crate::maps::{Flow, FlowKey, Fragment, FragmentKey, FrontendKey, Side, stance};
 
 /// Seconds that a datagram takes at most: its identification may be used again later (RFC 6864).
 const LIFETIME: u32 = 10;
@@ -66,11 +66,13 @@ pub(super) fn later_at_ingress<A: Wire, P: Packet, K: Tables<A>>(packet: &mut P,
         return outcome;
     }
     let Some(entry) = kernel.flow(&key) else {
-        if kernel.frontend(&FrontendKey::new(key.dst, key.dport, key.proto)).is_some() {
+        if kernel.stance() == stance::SERVE
+            && kernel.frontend(&FrontendKey::new(key.dst, key.dport, key.proto)).is_some()
+        {
             // The first one was not let through.
             return Verdict::Drop(Reason::FragmentDropped).raw();
         }
-        return Verdict::Pass.raw();
+        return Verdict::Leave.raw();
     };
     let flow = entry.get();
     let addr = match Side::from_raw(flow.side) {
@@ -89,7 +91,7 @@ pub(super) fn later_at_egress<A: Wire, P: Packet, K: Tables<A>>(packet: &mut P, 
     if outcome != KNOWN {
         return outcome;
     }
-    let Some(entry) = kernel.flow(&key) else { return Verdict::Pass.raw() };
+    let Some(entry) = kernel.flow(&key) else { return Verdict::Leave.raw() };
     let flow = entry.get();
     let addr = match Side::from_raw(flow.side) {
         Some(Side::Reply) => flow.vip,

@@ -52,7 +52,7 @@ fn translate<A: Wire, P: Packet, K: Tables<A>>(
     if quoted.l4 + QUOTED_TRANSPORT > until {
         return Verdict::Pass;
     }
-    let Some(entry) = kernel.flow(&quoted.key.reversed()) else { return Verdict::Pass };
+    let Some(entry) = kernel.flow(&quoted.key.reversed()) else { return Verdict::Leave };
     let flow = entry.get();
     // The last is the port at the quoted packet's other end, which differs where the flow has an alias.
     let (addr, port, other) = match (end, Side::from_raw(flow.side)) {

@@ -4,8 +4,8 @@ use super::choose::{choose, repair};
 use super::enter::{LOOK_ON, forget, stale, straight};
 use super::parse::{Headers, Kind, NotOurs, Wire, parse};
 use super::rewrite::{End, new_port, rewrite};
-use super::{FlowRef, Packet, Reason, Tables, Taken, Verdict, fragments, icmp_error};
-use crate::maps::{Addr, Flow, FlowKey, Frontend, FrontendKey, Side};
+use super::{FlowRef, Kernel, Packet, Reason, Tables, Taken, Verdict, fragments, icmp_error};
+use crate::maps::{Addr, Flow, FlowKey, Frontend, FrontendKey, Side, stance};
 
 /// A packet comes in on a device.
 #[inline(always)]
@@ -31,6 +31,7 @@ fn whole<A: Wire, P: Packet, K: Tables<A>>(packet: &mut P, kernel: &K, headers: 
         match known(kernel, headers, &entry) {
             Known::Translate => return done(onward(packet, headers, entry.get())),
             Known::Untouched => return Verdict::Pass,
+            Known::Held => return Verdict::Drop(Reason::HandedOver),
             Known::Straight => match straight(packet, kernel, headers, entry.get()) {
                 LOOK_ON => {}
                 outcome => return Verdict::from_raw(outcome),
@@ -41,11 +42,23 @@ fn whole<A: Wire, P: Packet, K: Tables<A>>(packet: &mut P, kernel: &K, headers: 
     let front = FrontendKey::new(headers.key.dst, headers.key.dport, headers.key.proto);
     let Some(frontend) = kernel.frontend(&front) else { return not_a_service(kernel, headers) };
     let Some(headers) = kernel.launder(headers) else { return Verdict::Pass };
-    Verdict::from_raw(if headers.starts_flow() {
+    Verdict::from_raw(if !headers.starts_flow() {
+        repair(packet, kernel, headers, frontend)
+    } else if begins_here(kernel, headers) {
         choose(packet, kernel, headers, frontend)
     } else {
-        repair(packet, kernel, headers, frontend)
+        Verdict::Leave.raw()
     })
+}
+
+/// Whether what is known of no flow is ours at present, be it that it begins one.
+#[inline(always)]
+pub(super) fn begins_here<A: Addr, K: Kernel>(kernel: &K, headers: &Headers<A>) -> bool {
+    match kernel.stance() {
+        stance::SERVE => true,
+        stance::BEGIN => matches!(headers.kind, Kind::Tcp(_)) && headers.starts_flow(),
+        _ => false,
+    }
 }
 
 #[inline(always)]
@@ -66,6 +79,8 @@ enum Known {
     Straight,
     /// A flow that is over: this may be a new one.
     Over,
+    /// A flow that must not be translated just now.
+    Held,
 }
 
 #[inline(always)]
@@ -96,6 +111,14 @@ fn known<A: Addr, K: Tables<A>>(kernel: &K, headers: &Headers<A>, entry: &FlowRe
         Some(Side::Forward) => Known::Untouched,
         // A backend's reply on its way through.
         Some(Side::Reply) => Known::Untouched,
+        // Netfilter's, as long as the connection lasts, or the backend of the datagrams.
+        Some(Side::Foreign) if matches!(headers.kind, Kind::Tcp(_)) && headers.starts_flow() => Known::Over,
+        Some(Side::Foreign) if stale(kernel, flow) => {
+            kernel.count(Reason::BackendGone);
+            Known::Over
+        }
+        Some(Side::Foreign) => Known::Untouched,
+        Some(Side::Held) => Known::Held,
         None => Known::Over,
     }
 }
@@ -124,10 +147,13 @@ pub(super) fn onward<A: Wire, P: Packet>(
 #[inline(always)]
 fn not_a_service<A: Addr, K: Tables<A>>(kernel: &K, headers: &Headers<A>) -> Verdict {
     if headers.starts_flow() {
-        return if headers.kind != Kind::EchoRequest && refused_port(kernel, headers.key.dst) {
+        return if headers.kind != Kind::EchoRequest
+            && refused_port(kernel, headers.key.dst)
+            && kernel.stance() == stance::SERVE
+        {
             Verdict::Reject(Reason::NoSuchPort)
         } else {
-            Verdict::Pass
+            Verdict::Leave
         };
     }
     // Others masquerade and forward ports, too: not every packet to an address of the node that none of its sockets
@@ -136,10 +162,11 @@ fn not_a_service<A: Addr, K: Tables<A>>(kernel: &K, headers: &Headers<A>) -> Ver
     if matches!(headers.kind, Kind::Tcp(_))
         && (first..=last).contains(&port)
         && was_taken(kernel, &headers.key)
+        && kernel.stance() == stance::SERVE
     {
         Verdict::Drop(Reason::UnknownMasquerade)
     } else {
-        Verdict::Pass
+        Verdict::Leave
     }
 }
 

@@ -40,6 +40,8 @@ pub use reject::{Reshape, reject};
 pub enum Verdict {
     /// On its way, rewritten or not.
     Pass,
+    /// Nothing that is known here: if another version's program is behind, it may know more.
+    Leave,
     /// Gone, and counted under this reason.
     Drop(Reason),
     /// Answered with a TCP reset or an ICMP port unreachable, which replaces it and leaves where it came in.
@@ -58,6 +60,7 @@ impl Verdict {
     pub(crate) const fn raw(self) -> Outcome {
         match self {
             Self::Pass => 0,
+            Self::Leave => 0x800,
             Self::Drop(reason) => 0x100 | reason as u32,
             Self::Reject(reason) => 0x200 | reason as u32,
         }
@@ -70,6 +73,7 @@ impl Verdict {
         match raw & 0x300 {
             0x100 => Self::Drop(reason),
             0x200 => Self::Reject(reason),
+            _ if raw == Self::Leave.raw() => Self::Leave,
             _ => Self::Pass,
         }
     }
@@ -105,6 +109,8 @@ pub enum Reason {
     RejectFailed,
     /// The first fragment of the datagram was dropped: so were the others.
     FragmentDropped,
+    /// The flow was being handed over to netfilter at that moment: dropped.
+    HandedOver,
     /// Not dropped: a mid-flow TCP packet to a frontend without a flow was left to the host.
     MidFlowPassed,
     /// Not dropped: a later fragment came without a first one and was left to the host.
@@ -123,7 +129,7 @@ pub enum Reason {
 
 impl Reason {
     /// All of them, in the counters' order.
-    pub const ALL: [Self; 20] = [
+    pub const ALL: [Self; 21] = [
         Self::NoEndpoint,
         Self::NoLocalEndpoint,
         Self::NoSuchPort,
@@ -137,6 +143,7 @@ impl Reason {
         Self::Malformed,
         Self::RejectFailed,
         Self::FragmentDropped,
+        Self::HandedOver,
         Self::MidFlowPassed,
         Self::FragmentPassed,
         Self::FragmentHeld,
@@ -163,13 +170,14 @@ impl Reason {
             9 => Self::Collision,
             11 => Self::RejectFailed,
             12 => Self::FragmentDropped,
-            13 => Self::MidFlowPassed,
-            14 => Self::FragmentPassed,
-            15 => Self::FragmentHeld,
-            16 => Self::Repaired,
-            17 => Self::NewFlow,
-            18 => Self::BackendGone,
-            19 => Self::Reclaimed,
+            13 => Self::HandedOver,
+            14 => Self::MidFlowPassed,
+            15 => Self::FragmentPassed,
+            16 => Self::FragmentHeld,
+            17 => Self::Repaired,
+            18 => Self::NewFlow,
+            19 => Self::BackendGone,
+            20 => Self::Reclaimed,
             _ => Self::Malformed,
         }
     }
@@ -190,6 +198,7 @@ impl Reason {
             Self::Malformed => "malformed",
             Self::RejectFailed => "reject_failed",
             Self::FragmentDropped => "fragment_dropped",
+            Self::HandedOver => "handed_over",
             Self::MidFlowPassed => "mid_flow_passed",
             Self::FragmentPassed => "fragment_passed",
             Self::FragmentHeld => "fragment_held",
@@ -232,6 +241,8 @@ pub struct Covered {
 
 /// Where the logic meets the maps and helpers.
 pub trait Kernel {
+    /// One of [`crate::maps::stance`].
+    fn stance(&self) -> u32;
     /// Seed of all hashes; the same for the life of the node, so that choices can be made again.
     fn hash_seed(&self) -> u32;
     /// First and last port to masquerade to, host order.

@@ -8,6 +8,7 @@ mod choice;
 mod collide;
 mod errors;
 mod fragments;
+mod handover;
 mod hostile;
 mod loss;
 mod masqueraded;

@@ -7,7 +7,7 @@ use lb_common::datapath::{
 };
 use lb_common::maps::{
     Addr, Affinity, AffinityKey, Device, Flow, FlowKey, Fragment, FragmentKey, Frontend, FrontendKey, Held,
-    Range, Set, Slot, SlotKey,
+    Range, Set, Slot, SlotKey, stance,
 };
 use std::cell::{Cell, RefCell, UnsafeCell};
 use std::collections::{HashMap, HashSet};
@@ -72,6 +72,12 @@ impl<A: Fam> Family<A> {
         self.flows.borrow().iter().map(|(key, flow)| (*key, unsafe { *flow.get() })).collect()
     }
 
+    /// Enters a flow entry as user space does.
+    pub(crate) fn enter(&self, key: FlowKey<A>, flow: Flow<A>) {
+        let old = self.flows.borrow_mut().insert(key, Box::new(UnsafeCell::new(flow)));
+        self.removed.borrow_mut().extend(old);
+    }
+
     /// Takes one flow entry away.
     pub(crate) fn lose(&self, key: &FlowKey<A>) {
         let entry = self.flows.borrow_mut().remove(key);
@@ -89,6 +95,11 @@ pub(crate) struct World {
     pub(crate) ports: (u16, u16),
     pub(crate) seed: u32,
     pub(crate) now: Cell<u32>,
+    pub(crate) stance: Cell<u32>,
+    /// Packets that were left to whoever comes next.
+    pub(crate) left: Cell<usize>,
+    /// Another version's programs, which come next.
+    pub(crate) behind: Option<Box<World>>,
     pub(crate) capacity: usize,
     pub(crate) affinity_capacity: usize,
     affinities: RefCell<HashMap<AffinityKey, &'static Affinity>>,
@@ -115,6 +126,9 @@ impl World {
             ports: (10_000, 29_999),
             seed: 0x5eed,
             now: Cell::new(100),
+            stance: Cell::new(stance::SERVE),
+            left: Cell::new(0),
+            behind: None,
             capacity: usize::MAX,
             affinity_capacity: usize::MAX,
             affinities: RefCell::default(),
@@ -205,6 +219,12 @@ impl World {
         };
         match verdict {
             Verdict::Pass => Action::Pass,
+            Verdict::Leave => {
+                self.left.set(self.left.get() + 1);
+                self.behind
+                    .as_ref()
+                    .map_or(Action::Pass, |behind| behind.run(self.ifindex.get(), hook, frame))
+            }
             Verdict::Drop(reason) => {
                 self.count(reason);
                 Action::Drop
@@ -228,6 +248,10 @@ pub(crate) fn front_key<A: Fam>(proto: u8, at: SocketAddr) -> FrontendKey<A> {
 }
 
 impl Kernel for World {
+    fn stance(&self) -> u32 {
+        self.stance.get()
+    }
+
     fn hash_seed(&self) -> u32 {
         self.seed
     }
