@@ -22,7 +22,8 @@ pub struct Flow {
     /// The Service port, if one is involved.
     pub service: Option<String>,
     /// `nf_conntrack`'s word: `SYN_SENT`, `SYN_RECV`, `ESTABLISHED`, `CLOSE_WAIT` (one end has sent its FIN), `TIME_WAIT`
-    /// (both have), `CLOSE` (reset). Without connections: `UNREPLIED`, `REPLIED`, `ASSURED` (a stream both ways).
+    /// (both have), `CLOSE` (reset). Without connections: `UNREPLIED`, `REPLIED`, `ASSURED` (a stream both ways). `FOREIGN`
+    /// if `nf_conntrack` translates it, from before we came.
     pub state: &'static str,
     /// Seconds since the last packet of either end.
     pub idle: u32,
@@ -95,7 +96,10 @@ fn show<A: NodeAddr>(found: &Found<A>, now: u32, names: &HashMap<u32, ServicePor
         service: (flow.service != 0).then(|| {
             names.get(&flow.service).map_or_else(|| format!("#{}", flow.service), ToString::to_string)
         }),
-        state: found.seen.state(flow.proto),
+        state: match Side::from_raw(flow.side) {
+            Some(Side::Foreign) => "FOREIGN",
+            _ => found.seen.state(flow.proto),
+        },
         idle: now.saturating_sub(found.last_seen),
     }
 }

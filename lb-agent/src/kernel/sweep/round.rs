@@ -71,6 +71,10 @@ impl Round<'_> {
 
     /// Whether an entry by itself looks as if its flow was over.
     fn is_worth_a_look<A: NodeAddr>(&self, flow: &Flow<A>) -> bool {
+        if flow.side == Side::Foreign as u8 {
+            // Netfilter knows how long, not we.
+            return false;
+        }
         let dnat = flow.flags & Flow::<A>::DNAT != 0;
         // One entry of the client's and one of the server's will do.
         let stands_for_all = match Side::from_raw(flow.side) {
