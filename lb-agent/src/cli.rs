@@ -2,8 +2,10 @@
 //! environment variable.
 
 mod conntrack;
+mod install;
 
 use crate::desired::{self, NodePortAddresses};
+use crate::kernel::node_mounts;
 use crate::kernel::pins::DEFAULT_BPFFS;
 use clap::builder::BoolishValueParser;
 use clap::{ArgAction, Args, ValueEnum};
@@ -14,6 +16,7 @@ use std::str::FromStr;
 use std::time::Duration;
 
 pub use conntrack::ConntrackArgs;
+pub use install::{CleanupArgs, InstallArgs, OptionalDir};
 
 /// kube-apiserver's default `--service-node-port-range`.
 const NODE_PORTS: std::ops::RangeInclusive<u16> = 30000..=32767;
@@ -126,9 +129,17 @@ pub struct RunArgs {
     #[arg(long, value_name = "DIR", env = "LB_BPFFS", default_value = DEFAULT_BPFFS)]
     pub bpffs: PathBuf,
 
-    /// Root of the cgroup2 hierarchy [default: the first that is mounted]
+    /// The node's cgroup (cgroup2), which the socket hooks are attached to [default: found]
     #[arg(long, value_name = "DIR", env = "LB_CGROUP")]
     pub cgroup: Option<PathBuf>,
+
+    /// Keep the CNI plugin in the first network configuration of this directory, whoever rewrites it; empty: do not
+    #[arg(long, value_name = "DIR", env = "LB_CNI_CONF_DIR", default_value = "", hide_default_value = true)]
+    pub cni_conf_dir: OptionalDir,
+
+    /// Keep the CNI plugin's file in this directory while it is named in a configuration; empty: do not
+    #[arg(long, value_name = "DIR", env = "LB_CNI_BIN_DIR", default_value = "", hide_default_value = true)]
+    pub cni_bin_dir: OptionalDir,
 
     /// Log packets that take the slow path (costs time)
     #[arg(long, env = "LB_LOG_PACKETS", default_value_t = false, action = ArgAction::Set, num_args = 0..=1,
@@ -213,13 +224,7 @@ impl RunArgs {
         if let Some(dir) = &self.cgroup {
             return Ok(dir.clone());
         }
-        let mounts =
-            std::fs::read_to_string("/proc/mounts").map_err(|error| format!("/proc/mounts: {error}"))?;
-        cgroup2_mount(&mounts).ok_or_else(|| {
-            "no cgroup2 hierarchy is mounted: mount one (mount -t cgroup2 none DIR) and name it with --cgroup DIR, \
-             or use --socket-lb=off"
-                .into()
-        })
+        node_mounts::visible_cgroup().map_err(|error| format!("{error:#}"))
     }
 
     /// The flags that the desired state depends on.
@@ -231,15 +236,6 @@ impl RunArgs {
             external_ips: self.external_ips,
         }
     }
-}
-
-fn cgroup2_mount(mounts: &str) -> Option<PathBuf> {
-    mounts.lines().find_map(|line| {
-        let mut fields = line.split(' ').skip(1);
-        let (dir, kind) = (fields.next()?, fields.next()?);
-        // The kernel writes blanks in paths as octal escapes.
-        (kind == "cgroup2").then(|| dir.replace("\\040", " ").into())
-    })
 }
 
 /// A duration as Go writes it: `24h`, `1h0m0s`, `1.5s`.

@@ -4,6 +4,7 @@ pub mod desired;
 pub mod events;
 pub mod health;
 pub mod inspect;
+pub mod install;
 pub mod kernel;
 pub mod masq_config;
 pub mod metrics;

@@ -3,6 +3,9 @@
 use crate::cli::{RunArgs, SocketLb, SourceArgs};
 use crate::events::Events;
 use crate::health;
+use crate::install::conf_dir::ConfDir;
+use crate::install::keep::Keeper;
+use crate::install::plugin::Plugin;
 use crate::kernel::destroy;
 use crate::kernel::devices::Devices;
 use crate::kernel::pins::Pins;
@@ -80,6 +83,7 @@ pub async fn run(args: RunArgs) -> Result<()> {
     // What is attached and pinned stays; the rest is memory.
     drop(ebpf);
     let devices = devices(&args, attacher, pins, events.clone());
+    keep_plugin(&args)?;
     let source = source.start(node_name, events);
     let sync = tokio::spawn(sync::run(args.desired(), receiver, writer, reports));
 
@@ -93,6 +97,15 @@ pub async fn run(args: RunArgs) -> Result<()> {
         _ = interrupt.recv() => Ok(()),
     }?;
     info!("stopping; what is programmed keeps forwarding");
+    Ok(())
+}
+
+/// Keeps the CNI plugin in the network configuration, now that there is something pinned for it to attach.
+fn keep_plugin(args: &RunArgs) -> Result<()> {
+    if let Some(dir) = args.cni_conf_dir.get() {
+        let plugin = args.cni_bin_dir.get().map(|dir| Plugin::new(None, dir)).transpose()?;
+        tokio::spawn(Keeper::new(ConfDir::new(dir, &args.bpffs), plugin).run());
+    }
     Ok(())
 }
 

@@ -201,6 +201,11 @@ pub fn detach(_turn: &Turn, pins: &Pins, index: u32, name: Option<&str>, tcx: bo
     Ok(())
 }
 
+/// Takes our filters off a device, with nothing pinned any more that could be put on it meanwhile.
+pub fn detach_filters(device: &str) {
+    Hook::BOTH.into_iter().for_each(|hook| clsact::detach(device, hook));
+}
+
 /// Removes a pin, which need not be there.
 pub(crate) fn remove(pin: &Path) -> Result<()> {
     match fs::remove_file(pin) {
@@ -211,10 +216,14 @@ pub(crate) fn remove(pin: &Path) -> Result<()> {
     }
 }
 
+/// Where containers see the settings of their network namespace if `/proc/sys` is read-only: a volume of that directory.
+const HOST_SYSCTLS: &str = "/host/proc/sys/net";
+
 /// Packets that enter and leave by one device are normal here, and no reason to tell pods of a better way.
 fn set_no_redirects(device: &str) {
+    let root = if Path::new(HOST_SYSCTLS).is_dir() { HOST_SYSCTLS } else { "/proc/sys/net" };
     for name in ["all", device] {
-        let path = format!("/proc/sys/net/ipv4/conf/{name}/send_redirects");
+        let path = format!("{root}/ipv4/conf/{name}/send_redirects");
         if fs::read_to_string(&path).is_ok_and(|value| value.trim() == "0") {
             continue;
         }

@@ -41,9 +41,9 @@ impl Pins {
                     bpffs.display()
                 );
             }
-            mount(Some("bpf"), bpffs, Some("bpf"), MsFlags::empty(), None::<&str>).with_context(|| {
-                format!("mount a BPF file system at {0} (by hand: mount -t bpf bpf {0})", bpffs.display())
-            })?;
+            mount(Some("bpf"), bpffs, Some("bpf"), MsFlags::empty(), Some("mode=0700")).with_context(
+                || format!("mount a BPF file system at {0} (by hand: mount -t bpf bpf {0})", bpffs.display()),
+            )?;
             tracing::info!("mounted a BPF file system at {}", bpffs.display());
         }
         let pins = Self::at(bpffs);

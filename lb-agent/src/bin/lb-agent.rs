@@ -2,7 +2,8 @@
 
 use anyhow::Result;
 use clap::{Parser, Subcommand};
-use lb_agent::cli::RunArgs;
+use lb_agent::cli::{CleanupArgs, InstallArgs, RunArgs};
+use lb_agent::install;
 use std::process::ExitCode;
 use tracing_subscriber::EnvFilter;
 
@@ -21,6 +22,10 @@ struct Cli {
 enum Command {
     /// Serve this node's Services until told to stop; what is programmed outlives the agent
     Run(Box<RunArgs>),
+    /// Prepare this node: the CNI plugin, its place in the network configuration, the file systems that the agent needs
+    Install(InstallArgs),
+    /// Take off this node whatever `install` and `run` have put on it
+    Cleanup(CleanupArgs),
 }
 
 fn main() -> ExitCode {
@@ -44,8 +49,12 @@ fn main() -> ExitCode {
 }
 
 fn run(command: Command) -> Result<()> {
-    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
     match command {
-        Command::Run(args) => runtime.block_on(lb_agent::run::run(*args)),
+        Command::Run(args) => {
+            let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+            runtime.block_on(lb_agent::run::run(*args))
+        }
+        Command::Install(args) => install::install(&args),
+        Command::Cleanup(args) => install::cleanup(&args),
     }
 }

@@ -104,14 +104,6 @@ fn node_names_are_lower_case() {
 }
 
 #[test]
-fn the_first_cgroup2_mount_counts() {
-    let mounts =
-        "cgroup /sys/fs/cgroup/cpu cgroup rw 0 0\ncgroup2 /run/a\\040b cgroup2 rw 0 0\nx /y cgroup2 rw 0 0\n";
-    assert_eq!(cgroup2_mount(mounts), Some("/run/a b".into()));
-    assert_eq!(cgroup2_mount("tmpfs /cgroup2 tmpfs rw 0 0\n"), None);
-}
-
-#[test]
 fn timeouts_are_durations_as_go_writes_them() {
     assert_eq!(parse(&[]).unwrap().conntrack.timeouts(), Timeouts::default());
     for (flag, value, seconds) in [
