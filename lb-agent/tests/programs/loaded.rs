@@ -17,7 +17,7 @@ use std::collections::HashMap as StdMap;
 /// What the agent embeds.
 static OBJECT: &[u8] = aya::include_bytes_aligned!(concat!(env!("OUT_DIR"), "/lb-ebpf.o"));
 /// The loopback device of the test's own namespace: every test packet is on it.
-const LOOPBACK: u32 = 1;
+pub(crate) const LOOPBACK: u32 = 1;
 
 pub(crate) struct Loaded {
     ebpf: Ebpf,

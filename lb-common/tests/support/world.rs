@@ -111,6 +111,8 @@ pub(crate) struct World {
     /// Packets that were let go: whether in, and the frame.
     pub(crate) released: RefCell<Vec<(bool, Vec<u8>)>>,
     ifindex: Cell<u32>,
+    /// The index that programs are told of every device, where the kernel's do not know theirs.
+    pub(crate) known_as: Option<u32>,
     counts: RefCell<[u64; Reason::ALL.len()]>,
     sets: u32,
 }
@@ -137,6 +139,7 @@ impl World {
             held: RefCell::default(),
             released: RefCell::default(),
             ifindex: Cell::new(0),
+            known_as: None,
             counts: RefCell::default(),
             sets: 0,
         }
@@ -269,7 +272,7 @@ impl Kernel for World {
     }
 
     fn device_index(&self) -> u32 {
-        self.ifindex.get()
+        self.known_as.unwrap_or(self.ifindex.get())
     }
 
     fn count(&self, reason: Reason) {
