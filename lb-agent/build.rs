@@ -21,6 +21,7 @@ fn main() -> Result<()> {
     let target = root.join("target");
     let toolchain = lb_toolchain::Toolchain::find_or_install(&target.join("tools"))?;
     let object = toolchain.build(root, "lb-ebpf", &target.join("ebpf"))?;
-    std::fs::copy(&object, &out).with_context(|| format!("copy {}", object.display()))?;
-    Ok(())
+    let built = std::fs::read(&object).with_context(|| format!("read {}", object.display()))?;
+    let shipped = lb_toolchain::without_dwarf(&built).with_context(|| object.display().to_string())?;
+    std::fs::write(&out, shipped).with_context(|| format!("write {}", out.display()))
 }

@@ -125,6 +125,16 @@ pub struct RunArgs {
     #[arg(long, value_name = "IP:PORT", env = "LB_METRICS_BIND_ADDRESS", default_value = "127.0.0.1:10249")]
     pub metrics_bind_address: Listen<10249>,
 
+    /// Where the kubelet finds /livez and /readyz, also while kube-proxy has the ports above; empty: nowhere
+    #[arg(
+        long,
+        value_name = "IP:PORT",
+        env = "LB_PROBE_BIND_ADDRESS",
+        default_value = "",
+        hide_default_value = true
+    )]
+    pub probe_bind_address: Listen<10266>,
+
     /// A BPF file system, where programs and maps outlive the agent; mounted if it is not
     #[arg(long, value_name = "DIR", env = "LB_BPFFS", default_value = DEFAULT_BPFFS)]
     pub bpffs: PathBuf,

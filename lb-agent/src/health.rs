@@ -90,6 +90,21 @@ impl Health {
         })
     }
 
+    /// Answers the kubelet: `/livez`, and `/readyz` once everything known has been written. Not where kube-proxy answers, which
+    /// may still be there when we come.
+    pub fn probes(&self) -> Handler {
+        let health = self.clone();
+        Arc::new(move |path| {
+            let good = match path {
+                "/livez" => health.is_live(),
+                "/readyz" => health.is_live() && health.state().updated.is_some(),
+                _ => return None,
+            };
+            let status = if good { StatusCode::OK } else { StatusCode::SERVICE_UNAVAILABLE };
+            Some(Reply { status, ..Reply::text(if good { "ok\n" } else { "not yet\n" }) })
+        })
+    }
+
     fn queued_at(&self, now: Instant) {
         self.state().queued.get_or_insert(now);
     }
@@ -180,6 +195,21 @@ mod tests {
         health.synced();
         assert_eq!(body(&health, true, start + TIMEOUT).0, 200);
         assert_eq!(health.healthz_codes().counts(), [("200", 2), ("503", 1)]);
+    }
+
+    #[test]
+    fn it_is_ready_when_everything_is_written() {
+        let health = Health::default();
+        let probes = health.probes();
+        let codes = || ["/livez", "/readyz"].map(|path| probes(path).expect("a path").status.as_u16());
+        assert_eq!(codes(), [200, 503]);
+        health.synced();
+        assert_eq!(codes(), [200, 200]);
+        health.set_node_eligible(false);
+        assert_eq!(codes(), [200, 200], "a node that is to go has an agent all the same");
+        health.queued_at(Instant::now().checked_sub(TIMEOUT).expect("an earlier time"));
+        assert_eq!(codes(), [503, 503]);
+        assert!(probes("/healthz").is_none());
     }
 
     #[test]

@@ -87,16 +87,27 @@ pub async fn run(args: RunArgs) -> Result<()> {
     let source = source.start(node_name, events);
     let sync = tokio::spawn(sync::run(args.desired(), receiver, writer, reports));
 
-    let (mut terminate, mut interrupt) = (signal(SignalKind::terminate())?, signal(SignalKind::interrupt())?);
     tokio::select! {
         result = devices => result.context("the device manager")?.context("the device manager"),
         result = source => result.context("the source")?.context("the source"),
         result = sync => result.context("the main loop")?.context("the main loop"),
         result = sweeper.run() => result.context("the sweeper"),
-        _ = terminate.recv() => Ok(()),
-        _ = interrupt.recv() => Ok(()),
+        told = told_to_stop() => told,
     }?;
     info!("stopping; what is programmed keeps forwarding");
+    Ok(())
+}
+
+/// Waits for the signals that tell a process to stop.
+///
+/// # Errors
+/// If they cannot be waited for.
+pub async fn told_to_stop() -> Result<()> {
+    let (mut terminate, mut interrupt) = (signal(SignalKind::terminate())?, signal(SignalKind::interrupt())?);
+    tokio::select! {
+        _ = terminate.recv() => {}
+        _ = interrupt.recv() => {}
+    }
     Ok(())
 }
 
@@ -160,6 +171,9 @@ fn report(args: &RunArgs, node_name: &str, reports: Reports) {
     let Reports { health, metrics, checks, events } = reports;
     if let Some(address) = args.healthz_bind_address.0 {
         tokio::spawn(health::serve("health checks", address, health.handler()));
+    }
+    if let Some(address) = args.probe_bind_address.0 {
+        tokio::spawn(health::serve("the kubelet's probes", address, health.probes()));
     }
     if let Some(address) = args.metrics_bind_address.0 {
         tokio::spawn(health::serve("metrics", address, metrics.handler(&health)));

@@ -26,6 +26,9 @@ enum Command {
     Install(InstallArgs),
     /// Take off this node whatever `install` and `run` have put on it
     Cleanup(CleanupArgs),
+    /// Do nothing until told to stop: a pod has to have a container that runs
+    #[command(hide = true)]
+    Wait,
 }
 
 fn main() -> ExitCode {
@@ -49,11 +52,10 @@ fn main() -> ExitCode {
 }
 
 fn run(command: Command) -> Result<()> {
+    let runtime = || tokio::runtime::Builder::new_current_thread().enable_all().build();
     match command {
-        Command::Run(args) => {
-            let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
-            runtime.block_on(lb_agent::run::run(*args))
-        }
+        Command::Run(args) => runtime()?.block_on(lb_agent::run::run(*args)),
+        Command::Wait => runtime()?.block_on(lb_agent::run::told_to_stop()),
         Command::Install(args) => install::install(&args),
         Command::Cleanup(args) => install::cleanup(&args),
     }

@@ -26,6 +26,11 @@ impl Dialect {
         ALL.into_iter().find_map(|dialect| Some((dialect, path.strip_prefix(dialect.prefix)?)))
     }
 
+    /// The group, as access rules name it.
+    pub(crate) fn group(self) -> &'static str {
+        self.api_version.split_once('/').map_or("", |(group, _)| group)
+    }
+
     /// Kind and version of an object of `kind` (`services` …).
     pub(crate) fn type_of(self, kind: &str) -> (&'static str, &'static str) {
         let kind = match kind {
@@ -78,6 +83,8 @@ mod tests {
         });
         assert_eq!(said, expected);
         assert_eq!(old.type_of("endpointslices"), ("EndpointSlice", "discovery.k8s.io/v1beta1"));
+        assert_eq!(old.group(), "discovery.k8s.io");
+        assert_eq!(Dialect::of("/api/v1/services").unwrap().0.group(), "");
         assert!(Dialect::of("/apis/apps/v1/deployments").is_none());
     }
 }

@@ -3,7 +3,7 @@
 use crate::dialect::Dialect;
 use crate::objects::{Filter, Page, plural};
 use crate::watch::{Watch, status};
-use crate::{Shared, Streaming, lock};
+use crate::{Right, Shared, Streaming, lock};
 use http_body_util::combinators::BoxBody;
 use http_body_util::{BodyExt as _, Full, StreamBody};
 use hyper::body::{Bytes, Frame, Incoming};
@@ -67,6 +67,13 @@ impl Target {
         let (kind, name) = (parts.next()?, parts.next());
         Some(Self { dialect, kind, namespace, name, status: parts.next().as_deref() == Some("status") })
     }
+
+    /// Notes the right that a request took.
+    fn took(&self, verb: String, shared: &Shared) {
+        let part = if self.status { "/status" } else { "" };
+        let (group, resource) = (self.dialect.group().into(), format!("{}{part}", self.kind));
+        lock(&shared.rights).insert(Right { group, resource, verb });
+    }
 }
 
 async fn answer(request: Request<Incoming>, shared: Arc<Shared>) -> Result<Response<Body>, Infallible> {
@@ -75,9 +82,17 @@ async fn answer(request: Request<Incoming>, shared: Arc<Shared>) -> Result<Respo
     };
     let query = query(request.uri().query().unwrap_or_default());
     if request.method() == Method::GET && target.name.is_none() {
+        let watch = query.get("watch").is_some_and(|value| matches!(value.as_str(), "true" | "1"));
+        target.took(if watch { "watch" } else { "list" }.into(), &shared);
         return Ok(read(target, &query, shared).await);
     }
     let method = request.method().clone();
+    let verb = match method {
+        Method::POST => "create".into(),
+        Method::PUT => "update".into(),
+        _ => method.as_str().to_lowercase(),
+    };
+    target.took(verb, &shared);
     let body = request.into_body().collect().await.map(|body| body.to_bytes()).unwrap_or_default();
     let answer = write(&method, &target, serde_json::from_slice(&body).unwrap_or_default(), &shared);
     shared.raise();

@@ -9,6 +9,7 @@ mod watch;
 
 use objects::Objects;
 use serde_json::Value;
+use std::collections::BTreeSet;
 use std::net::SocketAddr;
 use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::{Duration, Instant};
@@ -57,10 +58,22 @@ pub struct Behaviour {
     pub refused: Option<(&'static str, u16, &'static str)>,
 }
 
+/// What an access rule grants.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub struct Right {
+    /// API group; empty for the core's.
+    pub group: String,
+    /// `services` …
+    pub resource: String,
+    /// `get`, `list`, `watch`, `create` …
+    pub verb: String,
+}
+
 struct Shared {
     objects: Mutex<Objects>,
     behaviour: Mutex<Behaviour>,
     requests: Mutex<Vec<String>>,
+    rights: Mutex<BTreeSet<Right>>,
     listed: Mutex<Option<Instant>>,
     /// Raised whenever watches may have something to say.
     news: signal::Sender<u64>,
@@ -119,6 +132,7 @@ impl Api {
             objects: Mutex::default(),
             behaviour: Mutex::new(behaviour),
             requests: Mutex::default(),
+            rights: Mutex::default(),
             listed: Mutex::default(),
             news: signal::Sender::new(0),
             cut: signal::Sender::new(0),
@@ -223,6 +237,11 @@ impl Api {
     /// The requests since the last call: `list services`, `stream services`, `watch services`, `create services` …
     pub fn requests(&self) -> Vec<String> {
         std::mem::take(&mut lock(&self.shared.requests))
+    }
+
+    /// The rights that all requests so far have taken.
+    pub fn rights(&self) -> BTreeSet<Right> {
+        lock(&self.shared.rights).clone()
     }
 
     fn raise(&self) {

@@ -5,6 +5,10 @@
 //! `rust-src`; the pinned nightly from rustup; Debian's `rustc-web`, `cargo-web` and `rust-web-src`.
 //! Used by `lb-agent/build.rs`, so that a plain `cargo build` works, and by `cargo xtask build`.
 
+mod strip;
+
+pub use strip::without_dwarf;
+
 use anyhow::{Context as _, Result, anyhow, bail};
 use std::fs::{self, File};
 use std::path::{Path, PathBuf};
