@@ -5,12 +5,12 @@ use anyhow::{Context as _, Result, ensure};
 use lb_toolchain::Toolchain;
 use serde_json::Value;
 use std::path::{Path, PathBuf};
-use std::process::Stdio;
+use std::process::{Command, Stdio};
 
 /// Options of this subcommand.
 #[derive(Debug, clap::Args)]
 pub struct Args {
-    /// What to ship: optimised, without debug information
+    /// What to ship: optimised, without debug information, linked statically
     #[arg(long)]
     release: bool,
 }
@@ -59,13 +59,34 @@ pub fn workspace_bins() -> Result<Built> {
     build(&["--workspace", "--bins"])
 }
 
-fn release() -> Result<Built> {
+/// Builds what is shipped: optimised, and linked statically, so that it runs in an image of its own and on any node.
+///
+/// # Errors
+/// If cargo fails; what it said has been shown.
+pub fn release() -> Result<Built> {
     // Alone: what the builder's tool wants of a dependency does not belong into what is shipped.
-    build(&["--release", "--package", "lb-agent", "--package", "lb-cni", "--bins"])
+    static_bins(&["--release", "--package", "lb-agent", "--package", "lb-cni"])
+}
+
+/// Builds programs that need nothing but the kernel.
+///
+/// # Errors
+/// If cargo fails; what it said has been shown.
+pub fn static_bins(args: &[&str]) -> Result<Built> {
+    let target = format!("{}-unknown-linux-gnu", std::env::consts::ARCH);
+    // With a target, so that build scripts and macros, which are libraries, are left out of it.
+    let flags = format!("CARGO_TARGET_{}_RUSTFLAGS", target.to_uppercase().replace('-', "_"));
+    let mut cargo = cargo();
+    cargo.env(flags, "-C target-feature=+crt-static");
+    build_by(cargo, &[&["--bins", "--target", &target], args].concat())
 }
 
 fn build(args: &[&str]) -> Result<Built> {
-    let out = cargo()
+    build_by(cargo(), args)
+}
+
+fn build_by(mut cargo: Command, args: &[&str]) -> Result<Built> {
+    let out = cargo
         .args(["build", "--message-format", "json-render-diagnostics"])
         .args(args)
         .stderr(Stdio::inherit())

@@ -4,6 +4,8 @@ pub mod agent;
 pub mod bench;
 pub mod build;
 pub mod demo;
+pub mod image;
+pub mod k3d;
 pub mod lab;
 pub mod probe;
 pub mod system;

@@ -18,6 +18,10 @@ enum Cmd {
     Lab(xtask::lab::Args),
     /// Boot other kernels in QEMU and test on them
     VmTest(xtask::vm::Args),
+    /// Build the container image, with docker, podman or buildah
+    Image(xtask::image::Args),
+    /// A cluster of containers with the agent in it, and every path tried through kubectl
+    K3d(xtask::k3d::Args),
     /// What runs inside the guests of vm-test
     #[command(hide = true)]
     VmGuest(xtask::vm::guest::Args),
@@ -36,6 +40,8 @@ fn main() -> ExitCode {
         Cmd::Lab(a) => xtask::lab::run(a),
         Cmd::VmTest(a) => xtask::vm::run(a),
         Cmd::VmGuest(a) => xtask::vm::guest::run(a),
+        Cmd::Image(a) => xtask::image::run(a),
+        Cmd::K3d(a) => xtask::k3d::run(a),
         Cmd::Bench(a) => xtask::bench::run(a),
         Cmd::Probe(a) => xtask::probe::run(a),
     };
