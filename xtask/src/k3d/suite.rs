@@ -35,6 +35,8 @@ struct Sample<'a> {
     hosts: Vec<Pod>,
 }
 
+type Check<'a> = fn(&Sample<'a>) -> Result<()>;
+
 /// Runs all of it.
 pub(super) fn run<'a>(kubectl: &'a Kubectl) -> Result<()> {
     let sample = Sample {
@@ -44,7 +46,7 @@ pub(super) fn run<'a>(kubectl: &'a Kubectl) -> Result<()> {
         hosts: pods(kubectl, "host")?,
     };
     ensure!(sample.web.len() >= 2, "the sample application is not there: cargo xtask k3d up");
-    let checks: [(&str, fn(&Sample<'a>) -> Result<()>); 9] = [
+    let checks: [(&str, Check<'a>); 9] = [
         ("pods reach ClusterIPs, and keep their address", Sample::pods_to_cluster_ips),
         ("a pod reaches itself through its Service", Sample::hairpin),
         ("pods reach NodePorts of every node", Sample::pods_to_node_ports),
