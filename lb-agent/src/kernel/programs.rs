@@ -67,7 +67,7 @@ impl Features {
         // Any kernel that we run on has this one: it tells a missing right from a missing feature.
         if let Err(error) = is_program_supported(ProgramType::SchedClassifier) {
             bail!(
-                "the kernel does not let us load BPF programs ({error}): run as root or with CAP_BPF and CAP_NET_ADMIN"
+                "the kernel does not let us load BPF programs ({error}): run as root or with CAP_BPF, CAP_NET_ADMIN and CAP_PERFMON; in a container that has these, its seccomp profile forbids bpf()"
             );
         }
         let mut bits = 0;

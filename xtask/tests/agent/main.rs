@@ -12,6 +12,7 @@ mod health;
 mod hostile;
 mod icmp;
 mod inspect;
+mod install;
 mod manifests;
 mod masquerade;
 mod neighbours;
