@@ -3,6 +3,7 @@
 pub mod agent;
 pub mod bench;
 pub mod build;
+pub mod cni;
 pub mod demo;
 pub mod image;
 pub mod k3d;

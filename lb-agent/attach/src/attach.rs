@@ -61,24 +61,6 @@ pub fn pin_program(_turn: &Turn, pins: &Pins, hook: Hook, program: &mut SchedCla
     fs::rename(&aside, &pin).with_context(|| format!("rename {} to {}", aside.display(), pin.display()))
 }
 
-/// What is wrong with a device that is to be served.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Fault {
-    /// A program is not attached.
-    Detached(Hook),
-    /// The device table has no entry, or another one.
-    Entry,
-}
-
-impl std::fmt::Display for Fault {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        match self {
-            Self::Detached(hook) => write!(f, "the {} program is not attached", hook.program()),
-            Self::Entry => f.write_str("its entry in the device table is missing or different"),
-        }
-    }
-}
-
 /// Puts the programs that are pinned onto devices.
 pub struct Attacher {
     pins: Pins,
@@ -144,12 +126,17 @@ impl Attacher {
         self.devices.insert(index, entry, 0).context("write the device table")
     }
 
-    /// What has become of a device that is served.
+    /// What the programs know of a device.
+    pub fn entry(&self, index: u32) -> Option<Device> {
+        self.devices.get(&index, 0).ok()
+    }
+
+    /// The programs that should be on a device and are not.
     ///
     /// # Errors
     /// If the kernel does not tell.
-    pub fn faults(&self, link: &Link, entry: Device) -> Result<Vec<Fault>> {
-        let mut faults = Vec::new();
+    pub fn missing(&self, link: &Link) -> Result<Vec<Hook>> {
+        let mut missing = Vec::new();
         for (hook, program) in &self.programs {
             let id = program.info().context("ask for a program's id")?.id();
             let attached = if self.tcx {
@@ -158,13 +145,10 @@ impl Attacher {
                 clsact::is_attached(id, link, *hook)
             };
             if !attached? {
-                faults.push(Fault::Detached(*hook));
+                missing.push(*hook);
             }
         }
-        if self.devices.get(&link.index, 0).ok() != Some(entry) {
-            faults.push(Fault::Entry);
-        }
-        Ok(faults)
+        Ok(missing)
     }
 
     /// Indexes of the devices that are served, whoever attached the programs; some may be gone.
@@ -193,7 +177,7 @@ impl Attacher {
 pub fn detach(_turn: &Turn, pins: &Pins, index: u32, name: Option<&str>, tcx: bool) -> Result<()> {
     for hook in Hook::BOTH {
         if tcx {
-            remove(&tcx::pin(pins, index, hook))?;
+            tcx::detach(&tcx::pin(pins, index, hook))?;
         } else if let Some(name) = name {
             clsact::detach(name, hook);
         }

@@ -6,11 +6,11 @@ use crate::snapshot::Link;
 use anyhow::{Context as _, Result};
 use aya::programs::SchedClassifier;
 use aya::programs::tc::{NlOptions, SchedClassifierLink, TcAttachOptions, TcHandle, qdisc_add_clsact};
+use libc::{EINVAL, ENODEV, ENOENT, ETH_P_ALL};
 use netlink_packet_core::NLM_F_ACK;
 use netlink_packet_route::RouteNetlinkMessage;
 use netlink_packet_route::tc::{self, TcAttribute, TcFilterBpfOption, TcMessage, TcOption};
 use netlink_sys::protocols::NETLINK_ROUTE;
-use nix::libc::{EINVAL, ENODEV, ENOENT, ETH_P_ALL};
 
 /// Priority and handle of our filters: how they are found again.
 const PRIORITY: u16 = 50;

@@ -6,15 +6,17 @@
 use anyhow::{Context as _, Result, bail};
 use nix::mount::{MsFlags, mount};
 use nix::sys::statfs::{BPF_FS_MAGIC, statfs};
-use std::fs::{self, File, TryLockError};
+use std::fs::{self, File};
 use std::path::{Path, PathBuf};
-use std::time::{Duration, Instant};
+use std::sync::mpsc;
+use std::time::Duration;
 
 /// The BPF file system, unless told.
 pub const DEFAULT_BPFFS: &str = "/sys/fs/bpf";
 
-/// How long to wait for whoever attaches or takes off programs at the moment: it takes them milliseconds.
-const PATIENCE: Duration = Duration::from_secs(10);
+/// How long to wait for those who attach or take off programs at the moment: each takes milliseconds, but on a machine
+/// that is overloaded, where the kernel's own waits (RCU) take seconds, and many pods start at once.
+const PATIENCE: Duration = Duration::from_secs(60);
 
 /// The pin directory of one agent.
 #[derive(Clone, Debug)]
@@ -54,6 +56,11 @@ impl Pins {
         Ok(pins)
     }
 
+    /// Whether an agent has ever made them.
+    pub fn exist(&self) -> bool {
+        self.root.join("links").is_dir()
+    }
+
     /// Pin of a map.
     pub fn map(&self, name: &str) -> PathBuf {
         self.root.join("maps").join(name)
@@ -79,19 +86,24 @@ impl Pins {
     /// the other, so that a device that two of them see at once has each program once.
     ///
     /// # Errors
-    /// If there are no pins, or somebody keeps us waiting.
+    /// [`Busy`] if somebody keeps us waiting for too long; otherwise if there are no pins.
     pub fn lock(&self) -> Result<Turn> {
+        self.lock_within(PATIENCE)
+    }
+
+    fn lock_within(&self, patience: Duration) -> Result<Turn> {
         let path = self.root.join("links");
         let dir = File::open(&path).with_context(|| format!("open {}", path.display()))?;
-        let deadline = Instant::now() + PATIENCE;
-        loop {
-            match dir.try_lock() {
-                Ok(()) => return Ok(Turn { _dir: dir }),
-                Err(TryLockError::WouldBlock) if Instant::now() < deadline => {
-                    std::thread::sleep(Duration::from_millis(1));
-                }
-                Err(error) => return Err(error).with_context(|| format!("lock {}", path.display())),
-            }
+        let (sender, receiver) = mpsc::channel();
+        // A wait that can be given up, yet keeps its place in the queue.
+        std::thread::spawn(move || {
+            let locked = dir.lock();
+            // Let go at once if nobody waits any more.
+            let _ = sender.send(locked.map(|()| Turn { _dir: dir }));
+        });
+        match receiver.recv_timeout(patience) {
+            Ok(locked) => locked.with_context(|| format!("lock {}", path.display())),
+            Err(_) => Err(Busy(path, patience).into()),
         }
     }
 
@@ -100,6 +112,11 @@ impl Pins {
         &self.root
     }
 }
+
+/// Somebody else does not stop changing what is attached.
+#[derive(Debug, thiserror::Error)]
+#[error("{0} is locked, still after {1:?}: another plugin or lb-agent hangs")]
+pub struct Busy(PathBuf, Duration);
 
 /// Our turn, until it is dropped.
 #[derive(Debug)]
@@ -110,4 +127,33 @@ pub struct Turn {
 fn is_bpffs(dir: &Path) -> Result<bool> {
     let stat = statfs(dir).with_context(|| format!("look at {}", dir.display()))?;
     Ok(stat.filesystem_type() == BPF_FS_MAGIC)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn one_after_the_other() {
+        let dir = tempfile::tempdir().unwrap();
+        let pins = Pins::at(dir.path());
+        assert!(!pins.exist() && !pins.lock().unwrap_err().is::<Busy>(), "there are no pins");
+        fs::create_dir_all(pins.link("")).unwrap();
+        let first = pins.lock().unwrap();
+        let error = pins.lock_within(Duration::from_millis(50)).unwrap_err();
+        assert!(
+            error.is::<Busy>() && error.to_string().contains("links is locked, still after 50ms"),
+            "{error}"
+        );
+        // Those who gave up are not in the way of those who wait.
+        let second = std::thread::spawn({
+            let pins = pins.clone();
+            move || pins.lock().map(drop)
+        });
+        std::thread::sleep(Duration::from_millis(20));
+        assert!(!second.is_finished());
+        drop(first);
+        second.join().unwrap().unwrap();
+        drop(pins.lock_within(Duration::from_secs(10)).unwrap());
+    }
 }

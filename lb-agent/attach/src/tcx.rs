@@ -3,10 +3,12 @@
 use crate::attach::{Hook, remove};
 use crate::pins::Pins;
 use crate::snapshot::Link;
+use crate::syscall;
 use anyhow::{Context as _, Result};
 use aya::programs::SchedClassifier;
 use aya::programs::links::{FdLink, LinkOrder, PinnedLink};
 use aya::programs::tc::{SchedClassifierLink, TcAttachOptions};
+use std::os::fd::AsFd as _;
 use std::path::{Path, PathBuf};
 
 /// Where a link is pinned. By index: names change, and indexes are never used twice while a device lives.
@@ -21,15 +23,19 @@ pub(crate) fn index_in(name: &str) -> Option<u32> {
 
 /// Attaches `program`, or puts it in place of the one that the pinned link has.
 pub(crate) fn attach(program: &mut SchedClassifier, pins: &Pins, device: &Link, hook: Hook) -> Result<()> {
-    let pin = pin(pins, device.index, hook);
+    let (pin, id) = (pin(pins, device.index, hook), program.info()?.id());
     if pin.exists() {
-        match replace(program, &pin).and_then(|()| is_attached(program.info()?.id(), device, hook)) {
+        // Every change has the kernel wait for all processors (RCU), with its network lock held.
+        if is_attached(id, device, hook)? {
+            return Ok(());
+        }
+        match replace(program, &pin).and_then(|()| is_attached(id, device, hook)) {
             Ok(true) => return Ok(()),
             // The link may be to a device that had this index before, or have been detached (ENOLINK).
             Ok(false) => tracing::debug!("{}: a link to nothing; attaching anew", pin.display()),
             Err(error) => tracing::debug!("{}: {error:#}; attaching anew", pin.display()),
         }
-        remove(&pin)?;
+        detach(&pin)?;
     }
     // Before everybody else at ingress and after them at egress, as PREROUTING and POSTROUTING are.
     let order = match hook {
@@ -51,6 +57,15 @@ fn replace(program: &mut SchedClassifier, pin: &Path) -> Result<()> {
     // The program must not take the link along when it goes.
     let _: FdLink = program.take_link(id)?.try_into()?;
     Ok(())
+}
+
+/// Takes a pinned link off and removes its pin; neither need be there.
+pub(crate) fn detach(pin: &Path) -> Result<()> {
+    if let Ok(link) = syscall::obj_get(pin) {
+        // At once, or the same program could not be attached anew at once. It fails if the device is gone.
+        let _ = syscall::link_detach(link.as_fd());
+    }
+    remove(pin)
 }
 
 /// Whether the program with this id is on the device.

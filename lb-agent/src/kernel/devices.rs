@@ -9,7 +9,7 @@ use crate::store::LocalAddresses;
 use anyhow::{Context as _, Result};
 use classify::{Role, classify};
 use futures::StreamExt as _;
-use lb_attach::attach::Attacher;
+use lb_attach::attach::{Attacher, Hook};
 use lb_attach::snapshot::{Link, Snapshot};
 use lb_common::maps::Device as Entry;
 use rtnetlink::{MulticastGroup, new_multicast_connection};
@@ -126,14 +126,18 @@ impl Devices {
                 info!("serving {} ({role})", link.name);
             }
             Some((name, old)) if *name == link.name && *old == entry => {
-                let faults = if look { self.attacher.faults(link, entry)? } else { Vec::new() };
-                if faults.is_empty() {
+                if !look {
+                    return Ok(());
+                }
+                let missing = self.attacher.missing(link)?;
+                if missing.is_empty() && self.attacher.entry(link.index) == Some(entry) {
                     return Ok(());
                 }
                 self.attacher.attach(&self.pins.lock()?, link, entry)?;
-                for fault in faults {
-                    warn!("{}: {fault}: somebody else has changed it; put right", link.name);
-                }
+                let what: Vec<&str> = missing.into_iter().map(Hook::program).collect();
+                let what =
+                    if what.is_empty() { "its entry in the device table".into() } else { what.join(", ") };
+                warn!("{}: somebody else has removed {what}; put back", link.name);
             }
             Some(_) => self.attacher.set_entry(link.index, entry)?,
         }

@@ -1,13 +1,13 @@
 //! Attaches the cgroup socket hooks, so that they stay there without us, and replaces them atomically.
 
 use super::pins::Pins;
-use super::syscall;
 use super::tables::Tables;
 use crate::cli::{RunArgs, SocketLb};
 use anyhow::{Context as _, Result, anyhow};
 use aya::Ebpf;
 use aya::programs::links::FdLink;
 use aya::programs::{CgroupAttachMode, CgroupSockAddr};
+use lb_attach::syscall;
 use std::fs::{self, File};
 use std::net::UdpSocket;
 use std::os::fd::{AsFd as _, AsRawFd as _};

@@ -189,6 +189,13 @@ impl Lab {
 
     /// Starts one more pod on a node: the next free name and addresses.
     pub fn add_pod(&self, node: usize) -> Result<Host> {
+        let pod = self.add_unplugged_pod(node)?;
+        net::block_on(async || topology::plug_pod(&self.nodes[node], &pod, self.pod_mtu).await)?;
+        Ok(pod)
+    }
+
+    /// As [`Self::add_pod`], but without any device: a CNI plugin is to make it.
+    pub fn add_unplugged_pod(&self, node: usize) -> Result<Host> {
         let mut pods = self.lock();
         let on_node = &self.nodes[node];
         let taken = |n: usize| pods[node].iter().any(|p| p.v4 == pod_addr(node, n).0);
@@ -200,7 +207,6 @@ impl Lab {
         let cgroup = on_node.cgroup.join(&name);
         let pod = Host { lab: self.name.clone(), name, role: Role::Pod, node: Some(node), v4, v6, cgroup };
         create(&pod)?;
-        net::block_on(async || topology::plug_pod(on_node, &pod, self.pod_mtu).await)?;
         pods[node].push(pod.clone());
         Ok(pod)
     }
@@ -208,11 +214,18 @@ impl Lab {
     /// Ends a pod: its processes, its device, its namespace. Its name and addresses are free again.
     pub fn remove_pod(&self, pod: &Host) -> Result<()> {
         let node = pod.node.context("not a pod")?;
-        self.lock()[node].retain(|p| p != pod);
         cgroup::destroy(&pod.cgroup)?;
         net::block_on(async || topology::unplug_pod(&self.nodes[node], pod).await)?;
+        self.remove_unplugged_pod(pod)
+    }
+
+    /// Ends a pod that has no device any more.
+    pub fn remove_unplugged_pod(&self, pod: &Host) -> Result<()> {
+        let node = pod.node.context("not a pod")?;
+        cgroup::destroy(&pod.cgroup)?;
         netns::delete(&pod.netns_name());
         fs::remove_dir_all(pod.state_dir())?;
+        self.lock()[node].retain(|p| p != pod);
         Ok(())
     }
 

@@ -3,6 +3,7 @@
 mod affinity;
 mod api;
 mod churn;
+mod cni;
 mod collide;
 mod devices;
 mod endpoints;
