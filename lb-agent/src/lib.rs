@@ -6,6 +6,7 @@ pub mod health;
 pub mod inspect;
 pub mod install;
 pub mod kernel;
+pub mod kube_proxy;
 pub mod masq_config;
 pub mod metrics;
 pub mod model;

@@ -8,6 +8,7 @@ use crate::install::keep::Keeper;
 use crate::install::plugin::Plugin;
 use crate::kernel::destroy;
 use crate::kernel::devices::Devices;
+use crate::kernel::foreign::{Beside, Guard};
 use crate::kernel::pins::Pins;
 use crate::kernel::ports;
 use crate::kernel::programs::{self, Features};
@@ -82,6 +83,7 @@ pub async fn run(args: RunArgs) -> Result<()> {
     let attacher = programs::pin(&mut ebpf, &pins, features)?;
     // What is attached and pinned stays; the rest is memory.
     drop(ebpf);
+    let writer = Beside::new(writer, Guard::start(&pins)?);
     let devices = devices(&args, attacher, pins, events.clone());
     keep_plugin(&args)?;
     let source = source.start(node_name, events);

@@ -1,8 +1,8 @@
 //! Questions to the kernel over netlink, one after the other, without a runtime.
 
 use netlink_packet_core::{
-    NLM_F_DUMP_INTR, NLM_F_REQUEST, NetlinkBuffer, NetlinkDeserializable, NetlinkHeader, NetlinkMessage,
-    NetlinkPayload, NetlinkSerializable,
+    NLM_F_ACK, NLM_F_DUMP_INTR, NLM_F_REQUEST, NetlinkBuffer, NetlinkDeserializable, NetlinkHeader,
+    NetlinkMessage, NetlinkPayload, NetlinkSerializable,
 };
 use netlink_sys::{Socket, SocketAddr};
 use std::io;
@@ -60,16 +60,52 @@ impl Netlink {
         }
     }
 
+    /// Sends several requests as one, and waits until those that ask for it ([`NLM_F_ACK`]) are acknowledged. After an
+    /// error, there may be more answers to come: the conversation is of no more use.
+    ///
+    /// # Errors
+    /// The first thing that the kernel refuses.
+    pub fn send_all<Q>(&self, requests: impl IntoIterator<Item = (u16, Q)>) -> io::Result<()>
+    where
+        Q: NetlinkSerializable + NetlinkDeserializable + Into<NetlinkPayload<Q>>,
+    {
+        let (mut buffer, mut expected) = (Vec::new(), 0);
+        for (flags, request) in requests {
+            expected += usize::from(flags & NLM_F_ACK != 0);
+            buffer.extend(bytes(flags, request));
+            buffer.resize(buffer.len().next_multiple_of(4), 0);
+        }
+        self.0.send(&buffer, 0)?;
+        while expected > 0 {
+            let (datagram, _) = self.0.recv_from_full()?;
+            let message = NetlinkMessage::<Q>::deserialize(&datagram).map_err(io::Error::other)?;
+            if let NetlinkPayload::Error(error) = message.payload {
+                if error.code.is_some() {
+                    return Err(error.to_io());
+                }
+                expected -= 1;
+            }
+        }
+        Ok(())
+    }
+
     fn send<Q>(&self, flags: u16, question: Q) -> io::Result<()>
     where
         Q: NetlinkSerializable + Into<NetlinkPayload<Q>>,
     {
-        let mut header = NetlinkHeader::default();
-        header.flags = NLM_F_REQUEST | flags;
-        let mut message = NetlinkMessage::new(header, question.into());
-        message.finalize();
-        let mut buffer = vec![0; message.buffer_len()];
-        message.serialize(&mut buffer);
-        self.0.send(&buffer, 0).map(drop)
+        self.0.send(&bytes(flags, question), 0).map(drop)
     }
+}
+
+fn bytes<Q>(flags: u16, question: Q) -> Vec<u8>
+where
+    Q: NetlinkSerializable + Into<NetlinkPayload<Q>>,
+{
+    let mut header = NetlinkHeader::default();
+    header.flags = NLM_F_REQUEST | flags;
+    let mut message = NetlinkMessage::new(header, question.into());
+    message.finalize();
+    let mut buffer = vec![0; message.buffer_len()];
+    message.serialize(&mut buffer);
+    buffer
 }

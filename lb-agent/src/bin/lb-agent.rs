@@ -3,7 +3,7 @@
 use anyhow::Result;
 use clap::{Parser, Subcommand};
 use lb_agent::cli::{CleanupArgs, InstallArgs, RunArgs};
-use lb_agent::install;
+use lb_agent::{install, kube_proxy};
 use std::process::ExitCode;
 use tracing_subscriber::EnvFilter;
 
@@ -24,7 +24,7 @@ enum Command {
     Run(Box<RunArgs>),
     /// Prepare this node: the CNI plugin, its place in the network configuration, the file systems that the agent needs
     Install(InstallArgs),
-    /// Take off this node whatever `install` and `run` have put on it
+    /// Take off this node whatever `install` and `run` have put on it, or kube-proxy's rules
     Cleanup(CleanupArgs),
     /// Do nothing until told to stop: a pod has to have a container that runs
     #[command(hide = true)]
@@ -57,6 +57,7 @@ fn run(command: Command) -> Result<()> {
         Command::Run(args) => runtime()?.block_on(lb_agent::run::run(*args)),
         Command::Wait => runtime()?.block_on(lb_agent::run::told_to_stop()),
         Command::Install(args) => install::install(&args),
+        Command::Cleanup(args) if args.kube_proxy => kube_proxy::remove_rules(args.force),
         Command::Cleanup(args) => install::cleanup(&args),
     }
 }

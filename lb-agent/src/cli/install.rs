@@ -43,6 +43,15 @@ pub struct InstallArgs {
 /// The flags of `lb-agent cleanup`.
 #[derive(Args, Clone, Debug)]
 pub struct CleanupArgs {
+    /// Remove kube-proxy's rules (iptables of both kinds, nftables) instead, and nothing of the agent's: to be run once
+    /// kube-proxy is stopped and the agent serves
+    #[arg(long)]
+    pub kube_proxy: bool,
+
+    /// Remove kube-proxy's rules even if it seems to run still
+    #[arg(long, requires = "kube_proxy")]
+    pub force: bool,
+
     /// Where the container runtime looks for CNI plugins; empty: remove none
     #[arg(long, value_name = "DIR", env = "LB_CNI_BIN_DIR", default_value = CNI_BIN_DIR)]
     pub cni_bin_dir: OptionalDir,

@@ -5,15 +5,14 @@
 //! connects anew, as it would after any other error. Only sockets that our hooks connected are touched, and only those
 //! whose backend's epoch has been raised since.
 
-mod diag;
 #[cfg(test)]
 mod tests;
 
+use super::diag::{self, Diag};
 use super::pins::Pins;
 use super::tables::Tables;
 use anyhow::{Context as _, Result};
 use aya::maps::{Array, HashMap, Map, MapData};
-use diag::{Connected, Diag};
 use lb_common::addr::{Ip6, NetPort};
 use lb_common::maps::{SocketKey, SocketPeer};
 use std::io;
@@ -71,7 +70,7 @@ fn probe(diag: &Diag) -> io::Result<()> {
     socket.connect("127.0.0.1:9")?;
     let port = socket.local_addr()?.port();
     let listed = diag.connected()?;
-    let ours = |other: &&Connected| other.id.source_port == port && other.id.destination_port == 9;
+    let ours = |other: &&diag::UdpSocket| other.id.source_port == port && other.id.destination_port == 9;
     diag.destroy(listed.iter().find(ours).ok_or(io::ErrorKind::NotFound)?)
 }
 
@@ -128,7 +127,7 @@ impl Destroyer {
     }
 
     /// Whether our hook connected it, to a backend that is gone.
-    fn is_stale(&self, socket: &Connected) -> bool {
+    fn is_stale(&self, socket: &diag::UdpSocket) -> bool {
         let addr = match socket.id.destination_address {
             IpAddr::V4(ip) => Ip6::mapped(ip.into()),
             IpAddr::V6(ip) => ip.into(),

@@ -1,4 +1,4 @@
-//! The kernel's list of connected UDP sockets, and the end of one (`NETLINK_SOCK_DIAG`).
+//! The kernel's list of UDP sockets, and the end of one (`NETLINK_SOCK_DIAG`).
 
 use lb_attach::netlink::Netlink;
 use netlink_packet_core::{NLM_F_ACK, NLM_F_DUMP};
@@ -9,18 +9,18 @@ use netlink_sys::protocols::NETLINK_SOCK_DIAG;
 use std::io;
 
 /// A conversation with the kernel about the sockets of this network namespace.
-pub(super) struct Diag(Netlink);
+pub(crate) struct Diag(Netlink);
 
-/// A connected UDP socket.
+/// A UDP socket.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub(super) struct Connected {
+pub(crate) struct UdpSocket {
     family: u8,
-    pub(super) id: SocketId,
+    pub(crate) id: SocketId,
 }
 
-impl Connected {
+impl UdpSocket {
     /// The kernel's name for the socket, as BPF programs have it.
-    pub(super) fn cookie(&self) -> u64 {
+    pub(crate) fn cookie(&self) -> u64 {
         // Two words, the lower one first, each in the machine's order.
         let [a, b, c, d, e, f, g, h] = self.id.cookie;
         u64::from(u32::from_ne_bytes([a, b, c, d])) | u64::from(u32::from_ne_bytes([e, f, g, h])) << 32
@@ -28,21 +28,34 @@ impl Connected {
 }
 
 impl Diag {
-    pub(super) fn open() -> io::Result<Self> {
+    pub(crate) fn open() -> io::Result<Self> {
         Netlink::open(NETLINK_SOCK_DIAG).map(Self)
     }
 
-    /// All of both families.
+    /// All that are connected, of both families.
     ///
     /// # Errors
     /// `ENOENT` if the kernel has no `CONFIG_INET_UDP_DIAG`.
-    pub(super) fn connected(&self) -> io::Result<Vec<Connected>> {
+    pub(crate) fn connected(&self) -> io::Result<Vec<UdpSocket>> {
+        // UDP has the names of TCP's states.
+        self.list(StateFlags::ESTABLISHED)
+    }
+
+    /// All that are not.
+    ///
+    /// # Errors
+    /// `ENOENT` if the kernel has no `CONFIG_INET_UDP_DIAG`.
+    pub(crate) fn unconnected(&self) -> io::Result<Vec<UdpSocket>> {
+        self.list(StateFlags::CLOSE)
+    }
+
+    fn list(&self, states: StateFlags) -> io::Result<Vec<UdpSocket>> {
         let mut all = Vec::new();
         for (family, socket_id) in [(AF_INET, SocketId::new_v4()), (AF_INET6, SocketId::new_v6())] {
-            let message = SockDiagMessage::InetRequest(request(family, socket_id));
+            let message = SockDiagMessage::InetRequest(request(family, socket_id, states.clone()));
             self.0.ask(NLM_F_DUMP, message, |message| {
                 if let SockDiagMessage::InetResponse(response) = message {
-                    all.push(Connected { family, id: response.header.socket_id });
+                    all.push(UdpSocket { family, id: response.header.socket_id });
                 }
             })?;
         }
@@ -53,19 +66,13 @@ impl Diag {
     ///
     /// # Errors
     /// `EOPNOTSUPP` if the kernel has no `CONFIG_INET_DIAG_DESTROY`; `ENOENT` if it is gone, or another one now.
-    pub(super) fn destroy(&self, socket: &Connected) -> io::Result<()> {
-        let message = SockDiagMessage::InetRequest(request(socket.family, socket.id.clone()));
+    pub(crate) fn destroy(&self, socket: &UdpSocket) -> io::Result<()> {
+        let request = request(socket.family, socket.id.clone(), StateFlags::ESTABLISHED);
+        let message = SockDiagMessage::InetRequest(request);
         self.0.ask(NLM_F_ACK, SockDiagDestroy::new(message), |_: SockDiagMessage| {})
     }
 }
 
-fn request(family: u8, socket_id: SocketId) -> InetRequest {
-    InetRequest {
-        family,
-        protocol: IPPROTO_UDP,
-        extensions: ExtensionFlags::empty(),
-        // Connected: UDP has the names of TCP's states.
-        states: StateFlags::ESTABLISHED,
-        socket_id,
-    }
+fn request(family: u8, socket_id: SocketId, states: StateFlags) -> InetRequest {
+    InetRequest { family, protocol: IPPROTO_UDP, extensions: ExtensionFlags::empty(), states, socket_id }
 }
