@@ -84,13 +84,21 @@ impl Agent {
     /// # Errors
     /// If the agent ends, or is not ready in time; the end of its log is part of the message.
     pub fn wait_healthy(&mut self, timeout: Duration) -> Result<()> {
+        self.wait_written(timeout).map(drop)
+    }
+
+    /// As [`Self::wait_healthy`]; when it was, in seconds since 1970.
+    ///
+    /// # Errors
+    /// As there.
+    pub fn wait_written(&mut self, timeout: Duration) -> Result<f64> {
         let deadline = Instant::now() + timeout;
         loop {
             if let Some(status) = self.child.try_wait()? {
                 bail!("lb-agent on {} ended: {status}\n{}", self.node.name(), log_tail(&self.node));
             }
-            if self.node.run_in(has_written)? {
-                return Ok(());
+            if let Some(time) = last_written(&self.node)? {
+                return Ok(time);
             }
             if Instant::now() > deadline {
                 bail!(
@@ -148,8 +156,12 @@ pub fn log_tail(node: &Host) -> String {
     lines[lines.len().saturating_sub(15)..].iter().map(|l| format!("  {}: {l}\n", node.name())).collect()
 }
 
-/// `/healthz` says yes while the agent starts, as kube-proxy's does. The metrics say whether it has.
-fn has_written() -> bool {
+/// When the agent of a node, or its kube-proxy, last wrote all that it knew, in seconds since 1970. `/healthz` says yes
+/// while it starts; the metrics say whether it has.
+///
+/// # Errors
+/// If the node is not there.
+pub fn last_written(node: &Host) -> Result<Option<f64>> {
     let ask = || -> std::io::Result<String> {
         let mut stream = TcpStream::connect(METRICS)?;
         stream.set_read_timeout(Some(Duration::from_secs(1)))?;
@@ -158,9 +170,9 @@ fn has_written() -> bool {
         stream.read_to_string(&mut answer)?;
         Ok(answer)
     };
-    let last = |text: &str| {
+    let last = |text: String| {
         let value = text.lines().find_map(|line| line.strip_prefix(WRITTEN))?;
-        value.rsplit(' ').next()?.parse::<f64>().ok()
+        value.rsplit(' ').next()?.parse::<f64>().ok().filter(|&time| time > 0.0)
     };
-    ask().is_ok_and(|text| last(&text).is_some_and(|time| time > 0.0))
+    Ok(node.run_in(ask)?.ok().and_then(last))
 }

@@ -1,68 +1,128 @@
 //! The rules that kube-proxy's iptables mode writes (as of Kubernetes 1.27: a single rule of KUBE-SERVICES for each
-//! ClusterIP, the leanest form that it has had), loaded by `iptables-legacy-restore`, the fastest of its flavours.
+//! ClusterIP, the leanest form that it has had), loaded by `iptables-legacy-restore`, the fastest of its flavours; and
+//! flannel's masquerade beside them.
 
 use std::fmt::Write as _;
 use std::hash::{BuildHasher, BuildHasherDefault, DefaultHasher};
-use std::io::Write as _;
-use std::net::SocketAddrV4;
-use std::process::Stdio;
+use std::net::{IpAddr, SocketAddr};
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Context, Result};
 
-use super::services::{Service, Services};
+use super::family::IpFamily;
+use super::services::{Cluster, Service};
 use crate::lab::Host;
 use crate::system::{ensure_debian_packages, find_program};
 
-const RESTORE: &str = "iptables-legacy-restore";
-/// The IPv4 half of the lab's `--cluster-cidr`.
-const CLUSTER_CIDR: &str = "10.244.0.0/16";
-
 /// Makes sure that the tool is there; its version.
 pub(super) fn prepare() -> Result<String> {
+    const RESTORE: &str = "iptables-legacy-restore";
     ensure_debian_packages(&[("iptables", RESTORE)])?;
-    let version = crate::system::output(program()?.arg("--version"))?;
+    let path = find_program(RESTORE).with_context(|| format!("no {RESTORE}"))?;
+    let version = crate::system::output(std::process::Command::new(path).arg("--version"))?;
     Ok(version.trim().to_owned())
 }
 
-fn program() -> Result<std::process::Command> {
-    Ok(std::process::Command::new(find_program(RESTORE).with_context(|| format!("no {RESTORE}"))?))
+/// Replaces the rules of a node, counted from 0, by those for a cluster.
+pub(super) fn load(node: &Host, number: usize, cluster: &Cluster) -> Result<()> {
+    node.replace_legacy_rules(cluster.family == IpFamily::V4, &rules(cluster, number))
 }
 
-/// Replaces a node's rules by those for `services`.
-pub(super) fn load(node: &Host, services: &Services) -> Result<()> {
-    let mut restore = node.command(program()?.get_program());
-    let mut child = restore.stdin(Stdio::piped()).spawn().with_context(|| format!("starting {RESTORE}"))?;
-    let rules = rules(services);
-    child.stdin.take().context("no pipe")?.write_all(rules.as_bytes())?;
-    ensure!(child.wait()?.success(), "{RESTORE} refused the rules");
-    Ok(())
+/// Gives one Service other endpoints, as kube-proxy does since 1.28: only its chains are written.
+pub(super) fn update(node: &Host, service: &Service) -> Result<()> {
+    let mut rules = String::from("*nat\n");
+    declare(&mut rules, service);
+    service_rules(&mut rules, service);
+    rules.push_str("COMMIT\n");
+    node.add_legacy_rules(service.vip.is_ipv4(), &rules)
+}
+
+/// Removes all rules.
+pub(super) fn clear(node: &Host) -> Result<()> {
+    IpFamily::ALL.into_iter().try_for_each(|family| {
+        node.replace_legacy_rules(family == IpFamily::V4, "*nat\nCOMMIT\n*filter\nCOMMIT\n")
+    })
+}
+
+/// flannel's masquerade alone, for whoever writes the rest.
+pub(super) fn load_masquerade(node: &Host, number: usize, family: IpFamily) -> Result<()> {
+    let mut rules = String::from("*nat\n:FLANNEL-POSTRTG - [0:0]\n");
+    masquerade(&mut rules, number, family);
+    rules.push_str("COMMIT\n");
+    node.add_legacy_rules(family == IpFamily::V4, &rules)
 }
 
 /// The input of `iptables-restore`.
-fn rules(services: &Services) -> String {
-    let mut out = String::from(FILTER);
+pub(super) fn rules(cluster: &Cluster, node: usize) -> String {
+    // Localhost's rule is IPv4's only.
+    let of_family = |line: &&str| cluster.family == IpFamily::V4 || !line.contains("127.0.0.0");
+    let mut out: String = FILTER.lines().filter(of_family).map(|line| format!("{line}\n")).collect();
     out.push_str(NAT_CHAINS);
-    for s in &services.all {
-        let _ = writeln!(out, ":{} - [0:0]", service_chain(s));
-        for e in &s.endpoints {
-            let _ = writeln!(out, ":{} - [0:0]", endpoint_chain(s, e));
-        }
-    }
+    out.push_str(":FLANNEL-POSTRTG - [0:0]\n");
+    cluster.all.iter().for_each(|s| declare(&mut out, s));
+    // kube-proxy puts its own first, whenever it starts.
     out.push_str(NAT_RULES);
-    for s in &services.all {
-        nat_rules(&mut out, s);
+    masquerade(&mut out, node, cluster.family);
+    for s in &cluster.all {
+        dispatch_rules(&mut out, s);
+        service_rules(&mut out, s);
     }
     out.push_str(NAT_LAST);
     out
 }
 
-fn nat_rules(out: &mut String, s: &Service) {
-    let (chain, name) = (service_chain(s), format!("default/{}:http", s.name));
-    let vip = format!("-m tcp -p tcp -d {}/32 --dport {}", s.vip.ip(), s.vip.port());
-    let _ = writeln!(out, "-A KUBE-SERVICES -m comment --comment \"{name} cluster IP\" {vip} -j {chain}");
+fn declare(out: &mut String, s: &Service) {
+    let _ = writeln!(out, ":{} - [0:0]", service_chain(s));
+    if s.node_port.is_some() {
+        let _ = writeln!(out, ":{} - [0:0]", external_chain(s));
+    }
+    for e in &s.endpoints {
+        let _ = writeln!(out, ":{} - [0:0]", endpoint_chain(s, e));
+    }
+}
+
+/// From the chains that every packet passes to the Service's own.
+fn dispatch_rules(out: &mut String, s: &Service) {
+    let name = s.port_name();
     let _ = writeln!(
         out,
-        "-A {chain} -m comment --comment \"{name} cluster IP\" {vip} ! -s {CLUSTER_CIDR} -j KUBE-MARK-MASQ"
+        "-A KUBE-SERVICES -m comment --comment \"{name} cluster IP\" {} -j {}",
+        to_vip(s),
+        service_chain(s)
+    );
+    if let Some(port) = s.node_port {
+        let protocol = s.transport.name();
+        let _ = writeln!(
+            out,
+            "-A KUBE-NODEPORTS -m comment --comment {name} -m {protocol} -p {protocol} --dport {port} -j {}",
+            external_chain(s)
+        );
+    }
+}
+
+fn to_vip(s: &Service) -> String {
+    let protocol = s.transport.name();
+    format!("-m {protocol} -p {protocol} -d {} --dport {}", host(s.vip.ip()), s.vip.port())
+}
+
+fn host(ip: IpAddr) -> String {
+    format!("{ip}/{}", IpFamily::of(ip).bits())
+}
+
+fn service_rules(out: &mut String, s: &Service) {
+    let (chain, name, protocol) = (service_chain(s), s.port_name(), s.transport.name());
+    let cluster = IpFamily::of(s.vip.ip()).cluster_cidr();
+    if s.node_port.is_some() {
+        let external = external_chain(s);
+        let _ = writeln!(
+            out,
+            "-A {external} -m comment --comment \"masquerade traffic for {name} external destinations\" -j KUBE-MARK-MASQ"
+        );
+        let _ = writeln!(out, "-A {external} -j {chain}");
+    }
+    let _ = writeln!(
+        out,
+        "-A {chain} -m comment --comment \"{name} cluster IP\" {} ! -s {cluster} -j KUBE-MARK-MASQ",
+        to_vip(s)
     );
     for (i, e) in s.endpoints.iter().enumerate() {
         let to = endpoint_chain(s, e);
@@ -72,10 +132,30 @@ fn nat_rules(out: &mut String, s: &Service) {
             _ => format!("-m statistic --mode random --probability {:.10} ", 1.0 / left as f64),
         };
         let _ = writeln!(out, "-A {chain} -m comment --comment \"{name} -> {e}\" {choice}-j {to}");
-        let _ = writeln!(out, "-A {to} -m comment --comment {name} -s {}/32 -j KUBE-MARK-MASQ", e.ip());
-        let _ =
-            writeln!(out, "-A {to} -m comment --comment {name} -m tcp -p tcp -j DNAT --to-destination {e}");
+        let _ = writeln!(out, "-A {to} -m comment --comment {name} -s {} -j KUBE-MARK-MASQ", host(e.ip()));
+        let _ = writeln!(
+            out,
+            "-A {to} -m comment --comment {name} -m {protocol} -p {protocol} -j DNAT --to-destination {e}"
+        );
     }
+}
+
+/// flannel's, as of 0.20.
+fn masquerade(out: &mut String, node: usize, family: IpFamily) {
+    let (cluster, multicast, comment) =
+        (family.cluster_cidr(), family.multicast(), "-m comment --comment \"flanneld masq\"");
+    let (net, prefix) = family.pod_cidr(node);
+    let own = format!("{net}/{prefix}");
+    let _ = write!(
+        out,
+        "-A POSTROUTING {comment} -j FLANNEL-POSTRTG\n\
+         -A FLANNEL-POSTRTG -m mark --mark 0x4000/0x4000 {comment} -j RETURN\n\
+         -A FLANNEL-POSTRTG -s {own} -d {cluster} {comment} -j RETURN\n\
+         -A FLANNEL-POSTRTG -s {cluster} -d {own} {comment} -j RETURN\n\
+         -A FLANNEL-POSTRTG ! -s {cluster} -d {own} {comment} -j RETURN\n\
+         -A FLANNEL-POSTRTG -s {cluster} ! -d {multicast} {comment} -j MASQUERADE --random-fully\n\
+         -A FLANNEL-POSTRTG ! -s {cluster} -d {cluster} {comment} -j MASQUERADE --random-fully\n"
+    );
 }
 
 /// kube-proxy takes sixteen characters of a hash, too.
@@ -87,7 +167,11 @@ fn service_chain(s: &Service) -> String {
     format!("KUBE-SVC-{}", hashed(&s.name))
 }
 
-fn endpoint_chain(s: &Service, e: &SocketAddrV4) -> String {
+fn external_chain(s: &Service) -> String {
+    format!("KUBE-EXT-{}", hashed(&s.name))
+}
+
+fn endpoint_chain(s: &Service, e: &SocketAddr) -> String {
     format!("KUBE-SEP-{}", hashed((&s.name, e)))
 }
 
@@ -154,18 +238,24 @@ COMMIT
 #[cfg(test)]
 mod tests {
     use super::*;
-    use std::net::Ipv4Addr;
+    use crate::bench::load::Transport;
+    use crate::bench::services::{Kind, Where};
 
     #[test]
     fn endpoints_are_chosen_evenly_and_chains_are_declared() {
-        let text = rules(&Services::new(2, Ipv4Addr::new(10, 244, 1, 11)));
-        // 1/10, then 1/9 of the rest, … : 0.1 each; the last takes what is left.
-        assert_eq!(text.matches("--probability 0.1000000000 ").count(), 2);
-        assert_eq!(text.matches("--probability 0.5000000000 ").count(), 2);
-        assert_eq!(text.matches("-j DNAT").count(), 20);
-        for line in text.lines().filter(|l| l.starts_with("-A KUBE-S")) {
-            let chain = line.split(' ').nth(1).unwrap();
-            assert!(text.contains(&format!("\n:{chain} - ")), "{chain} is not declared");
+        let kind = Kind { at: Where::Here, transport: Transport::Udp };
+        for family in IpFamily::ALL {
+            let text = rules(&Cluster::new(family, 2, &[kind]), 0);
+            // 1/10, then 1/9 of the rest, … : 0.1 each; the last takes what is left.
+            assert_eq!(text.matches("--probability 0.1000000000 ").count(), 2);
+            assert_eq!(text.matches("--probability 0.5000000000 ").count(), 2);
+            assert_eq!(text.matches("-j DNAT").count(), 20);
+            assert_eq!(text.matches("-p udp -j DNAT").count(), 10);
+            assert_eq!(text.matches("-A KUBE-NODEPORTS").count(), 1);
+            for line in text.lines().filter(|l| l.starts_with("-A KUBE-") || l.starts_with("-A FLANNEL")) {
+                let chain = line.split(' ').nth(1).unwrap();
+                assert!(text.contains(&format!("\n:{chain} - ")), "{chain} is not declared");
+            }
         }
     }
 }

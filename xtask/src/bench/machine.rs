@@ -5,12 +5,12 @@ use std::path::Path;
 use std::process::Command;
 
 use anyhow::Result;
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 
 use crate::system::{output, workspace};
 
 /// Machine, kernel and versions.
-#[derive(Clone, Debug, Serialize)]
+#[derive(Clone, Debug, Default, Serialize, Deserialize)]
 pub(super) struct Machine {
     pub(super) cpu: String,
     pub(super) cores: usize,
@@ -23,7 +23,6 @@ pub(super) struct Machine {
     pub(super) commit: String,
     pub(super) agent: String,
     pub(super) xtask: String,
-    pub(super) iptables: Option<String>,
 }
 
 pub(super) fn describe(agent: &Path, core: usize) -> Result<Machine> {
@@ -40,7 +39,6 @@ pub(super) fn describe(agent: &Path, core: usize) -> Result<Machine> {
         commit: commit(),
         agent: agent.display().to_string(),
         xtask: format!("{} ({build} build)", std::env::current_exe()?.display()),
-        iptables: None,
     })
 }
 

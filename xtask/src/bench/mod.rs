@@ -1,48 +1,65 @@
-//! `cargo xtask bench`: what a connection through a Service costs: without any translation, with kube-proxy's iptables
-//! rules, and with ours; and what each of our programs costs a packet.
+//! `cargo xtask bench`: what Services cost: without any translation, with kube-proxy's modes, and with ours; how soon changes
+//! are seen; and what each of our programs costs a packet.
 //!
 //! Everything that is compared is measured in turn, in one run, on one core: the machine may be busy, and a wake-up on
 //! another core costs more than what we want to see. `docs/performance.md` says how to read the figures.
 
+mod control;
+mod cores;
+mod family;
 pub mod iptables;
+mod load;
 mod machine;
+mod maps;
+mod mode;
+mod nftables;
 mod packet;
+mod plan;
 mod programs;
 mod report;
+mod results;
 mod services;
-mod site;
 mod stats;
+mod topology;
 mod traffic;
-mod worker;
 
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
 use clap::Subcommand;
-use nix::sched::{CpuSet, sched_setaffinity};
-use nix::unistd::Pid;
 
 use crate::agent;
 use crate::system::workspace;
-use report::Report;
+use family::IpFamily;
+use mode::{Mode, Tools};
+use plan::{Budget, Depth};
+use results::Results;
+use traffic::Run;
 
 /// Options of `bench`.
 #[derive(Debug, clap::Args)]
 #[command(args_conflicts_with_subcommands = true)]
 pub struct Args {
-    /// At most two minutes after the builds: fewer rounds
+    /// Every way and every load once, in about two minutes after the builds
     #[arg(long)]
     quick: bool,
-    /// Where to write bench.json and bench.md [default: target/bench]
+    /// As little as shows that the benchmark works; its figures mean nothing
+    #[arg(long, hide = true)]
+    smoke: bool,
+    /// The time that it may take [default: 60, with --quick 2]
+    #[arg(long, value_name = "N")]
+    minutes: Option<f64>,
+    /// Where to write the results [default: target/bench]
     #[arg(long, value_name = "DIR")]
     out: Option<PathBuf>,
-    /// Fail unless ours is ahead of iptables in every row
+    /// Fail unless ours is ahead of iptables and nftables in every row
     #[arg(long)]
     check: bool,
-    /// Numbers of Services
-    #[arg(long, value_name = "N", value_delimiter = ',', default_values_t = [1, 1000])]
+    /// Numbers of Services [default: 1,100,1000,10000,30000, with --quick 1,1000]
+    #[arg(long, value_name = "N", value_delimiter = ',')]
     services: Vec<usize>,
-    /// The core that client, server and programs run on [default: the last]
+    /// The core that clients, servers and programs run on [default: the last]
     #[arg(long, value_name = "CPU")]
     core: Option<usize>,
     /// Only the programs, without real traffic
@@ -51,88 +68,100 @@ pub struct Args {
     /// This lb-agent instead of a freshly built one
     #[arg(long, value_name = "FILE")]
     agent: Option<PathBuf>,
+    /// A real kube-proxy to compare with [default: that on PATH; without any, rules as it writes them]
+    #[arg(long, value_name = "FILE")]
+    kube_proxy: Option<PathBuf>,
     #[command(subcommand)]
-    worker: Option<Worker>,
+    command: Option<Command>,
 }
 
 #[derive(Debug, Subcommand)]
-enum Worker {
+enum Command {
+    /// Compare two results: fails if ours has become slower
+    Compare(report::compare::Args),
+    /// Draw a result's plots again
+    Plot(report::Plot),
     /// The server in a pod
     #[command(hide = true)]
-    Serve(worker::Serve),
+    Serve(load::Serve),
     /// The client in a pod
     #[command(hide = true)]
-    Drive(worker::Drive),
+    Drive(load::Drive),
 }
-
-/// How much is measured.
-#[derive(Clone, Copy, Debug)]
-struct Effort {
-    /// Turns that every mode gets.
-    rounds: usize,
-    /// New connections in a turn.
-    connections: usize,
-    /// Round trips over one connection in a turn.
-    round_trips: usize,
-    /// Turns that every program gets.
-    program_rounds: usize,
-    /// Packets in a turn of a program.
-    packets: u32,
-}
-
-const QUICK: Effort =
-    Effort { rounds: 24, connections: 500, round_trips: 5000, program_rounds: 7, packets: 1_000_000 };
-const FULL: Effort =
-    Effort { rounds: 120, connections: 500, round_trips: 5000, program_rounds: 21, packets: 2_000_000 };
 
 /// Runs `bench`.
 ///
 /// # Errors
 /// If something cannot be set up or a connection fails; with `--check` also if ours is not ahead.
 pub fn run(args: Args) -> Result<()> {
-    match args.worker {
-        Some(Worker::Serve(serve)) => return serve.run(),
-        Some(Worker::Drive(drive)) => return drive.run(),
+    match args.command {
+        Some(Command::Serve(serve)) => return serve.run(),
+        Some(Command::Drive(drive)) => return drive.run(),
+        Some(Command::Compare(compare)) => return compare.run(),
+        Some(Command::Plot(plot)) => return plot.run(),
         None => {}
     }
     ensure!(
         nix::unistd::geteuid().is_root(),
         "the benchmark loads kernel programs and makes network namespaces: run as root"
     );
-    ensure!(args.services.iter().all(|&n| n > 0), "--services: at least one Service is needed");
     let exe = match &args.agent {
         Some(exe) => exe.canonicalize().with_context(|| format!("no agent at {}", exe.display()))?,
         None => agent::build()?,
     };
-    let core = args.core.map_or_else(last_core, Ok)?;
-    let effort = if args.quick { QUICK } else { FULL };
-    let mut report = Report::new(machine::describe(&exe, core)?);
-    report.print_head();
-    if !args.programs_only {
-        traffic::measure(&exe, core, effort, &args.services, &mut report)?;
+    let core = args.core.map_or_else(cores::last, Ok)?;
+    let depth = args.depth();
+    let machine = machine::describe(&exe, core)?;
+    let tools = (!args.programs_only).then(|| Tools::find(&exe, args.kube_proxy.as_deref())).transpose()?;
+    let available = tools.as_ref().map(Tools::available).unwrap_or_default();
+    let modes: Vec<Mode> = available.iter().filter(|a| a.by.is_ok()).map(|a| a.mode).collect();
+    let mut results = Results::new(machine, available);
+    print!("{}", report::head(&results));
+    if let Some(tools) = &tools {
+        let blocks = plan::blocks(depth, &args.services()?, &IpFamily::ALL);
+        let budget = Budget::new(args.time());
+        traffic::measure(&mut Run { tools, depth, core, modes, budget }, &blocks, &mut results)?;
     }
-    report.programs = programs::measure(core, effort)?;
-    report.print();
+    results.programs = programs::measure(core, depth)?;
+    print!("{}", report::body(&results));
     let out = args.out.unwrap_or_else(|| workspace().join("target/bench"));
-    report.write(&out)?;
-    println!("\nwritten: {} and bench.json", shown(&out.join("bench.md")));
-    ensure!(!args.check || report.all_ahead(), "ours is not ahead of iptables in every row");
+    report::write(&results, &out)?;
+    println!("\nwritten: {}, bench.json and plots", shown(&out.join("bench.md")));
+    ensure!(!args.check || report::all_ahead(&results), "ours is not ahead in every row");
     Ok(())
+}
+
+impl Args {
+    fn depth(&self) -> Depth {
+        match (self.smoke, self.quick) {
+            (true, _) => Depth::Smoke,
+            (_, true) => Depth::Quick,
+            _ => Depth::Full,
+        }
+    }
+
+    fn time(&self) -> Duration {
+        let minutes = self.minutes.unwrap_or(match self.depth() {
+            Depth::Full => 60.0,
+            Depth::Quick => 2.0,
+            Depth::Smoke => 1.0,
+        });
+        Duration::from_secs_f64(minutes.max(0.0) * 60.0)
+    }
+
+    fn services(&self) -> Result<Vec<usize>> {
+        ensure!(!self.services.contains(&0), "--services: at least one Service is needed");
+        if !self.services.is_empty() {
+            return Ok(self.services.clone());
+        }
+        Ok(match self.depth() {
+            Depth::Full => vec![1, 100, 1000, 10_000, 30_000],
+            Depth::Quick => vec![1, 1000],
+            Depth::Smoke => vec![20],
+        })
+    }
 }
 
 fn shown(path: &Path) -> String {
     path.canonicalize().unwrap_or_else(|_| path.to_owned()).display().to_string()
-}
-
-fn last_core() -> Result<usize> {
-    let allowed =
-        nix::sched::sched_getaffinity(Pid::from_raw(0)).context("asking for this process's cores")?;
-    (0..CpuSet::count()).rev().find(|&cpu| allowed.is_set(cpu).unwrap_or(false)).context("no core to run on")
-}
-
-/// Keeps the calling thread, and what it starts, on one core.
-fn pin(core: usize) -> Result<()> {
-    let mut set = CpuSet::new();
-    set.set(core).with_context(|| format!("core {core}"))?;
-    sched_setaffinity(Pid::from_raw(0), &set).with_context(|| format!("running on core {core} only"))
 }

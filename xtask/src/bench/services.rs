@@ -1,113 +1,251 @@
-//! The Services that are measured, and the rest of the cluster around them.
+//! The cluster's Services: the measured ones, and all the others around them.
 
-use std::fmt::Write as _;
 use std::hash::{BuildHasher, RandomState};
-use std::net::{Ipv4Addr, SocketAddrV4};
+use std::net::{IpAddr, SocketAddr};
+
+use serde_json::{Value, json};
+
+use super::family::IpFamily;
+use super::load::Transport;
 
 /// Endpoints of each Service.
 pub(super) const ENDPOINTS: usize = 10;
-/// How many Services of a large cluster are measured: each turn takes another, so that the figures are not those of
-/// one place in a list of rules.
-const MEASURED: usize = 4;
+/// How many Services of a kind are measured in a large cluster: each turn takes another, so that the figures are not those
+/// of one place in a list of rules.
+const PLACES: usize = 4;
 /// Port of every ClusterIP.
 const PORT: u16 = 80;
-/// The measured Services' endpoints are ports of the one server, from this one on.
-pub(super) const FIRST_PORT: u16 = 8000;
-/// How many they can be.
-pub(super) const PORTS: u16 = (MEASURED * ENDPOINTS) as u16;
+/// The measured Services' endpoints listen here and on the ports after it.
+const TARGET: u16 = 8000;
+const NODE_PORT: u16 = 30_080;
 
-/// A Service with a single TCP port called `http`.
+/// Where the endpoints of a measured Service are.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Where {
+    /// On the first node, like the pod that asks.
+    Here,
+    /// On the second node.
+    There,
+}
+
+impl Where {
+    /// The node, counted from 0.
+    pub(super) fn node(self) -> usize {
+        match self {
+            Self::Here => 0,
+            Self::There => 1,
+        }
+    }
+}
+
+/// A kind of measured Service.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Kind {
+    pub(super) at: Where,
+    pub(super) transport: Transport,
+}
+
+/// A Service with a single port, called `http`.
 #[derive(Clone, Debug)]
 pub(super) struct Service {
     pub(super) name: String,
-    pub(super) vip: SocketAddrV4,
-    pub(super) endpoints: Vec<SocketAddrV4>,
+    pub(super) transport: Transport,
+    pub(super) vip: SocketAddr,
+    pub(super) node_port: Option<u16>,
+    pub(super) endpoints: Vec<SocketAddr>,
+    node: &'static str,
 }
 
-/// A cluster's Services.
+/// A cluster's Services, all of one family.
 #[derive(Clone, Debug)]
-pub(super) struct Services {
+pub(super) struct Cluster {
+    pub(super) family: IpFamily,
     pub(super) all: Vec<Service>,
     /// Places in `all` of those whose endpoints answer.
-    pub(super) measured: Vec<usize>,
+    measured: Vec<(Kind, usize)>,
 }
 
-impl Services {
-    /// `count` Services; the measured ones are at random places, and `server` is behind them.
-    pub(super) fn new(count: usize, server: Ipv4Addr) -> Self {
+/// So many Services, in words.
+pub(super) fn counted(services: usize) -> String {
+    format!("{services} {}", if services == 1 { "Service" } else { "Services" })
+}
+
+/// TCP ports that the servers have to listen on.
+pub(super) fn tcp_ports() -> Vec<u16> {
+    (TARGET..).take(PLACES).collect()
+}
+
+/// UDP addresses that the server on a node has to listen on, both families.
+pub(super) fn udp_addresses(node: usize) -> Vec<SocketAddr> {
+    let of =
+        |family: IpFamily| (0..ENDPOINTS).map(move |n| SocketAddr::new(family.endpoint(node, n), TARGET));
+    IpFamily::ALL.into_iter().flat_map(of).collect()
+}
+
+/// The address and port of a server that is no Service's.
+pub(super) fn plain(ip: IpAddr) -> SocketAddr {
+    SocketAddr::new(ip, TARGET)
+}
+
+/// The clusters that it takes to measure these kinds among `count` Services: where one has no room for all of them, each
+/// has a cluster of its own, so that there are never more Services than it says.
+pub(super) fn blocks(count: usize, kinds: &[Kind]) -> Vec<Vec<Kind>> {
+    let places = |kind: &Kind| if kind.transport == Transport::Tcp { PLACES } else { 1 };
+    if kinds.iter().map(places).sum::<usize>() <= count {
+        return vec![kinds.iter().flat_map(|kind| vec![*kind; places(kind)]).collect()];
+    }
+    kinds.iter().map(|kind| vec![*kind]).collect()
+}
+
+impl Cluster {
+    /// `count` Services, of which the measured ones are at random places.
+    pub(super) fn new(family: IpFamily, count: usize, kinds: &[Kind]) -> Self {
         let random = RandomState::new();
         let mut places: Vec<usize> = (0..count).collect();
         places.sort_by_key(|place| random.hash_one(place));
-        places.truncate(MEASURED);
-        let mut all: Vec<Service> = (0..count).map(background).collect();
-        for (i, &place) in places.iter().enumerate() {
-            let first = FIRST_PORT + (i * ENDPOINTS) as u16;
-            all[place].endpoints = (first..).take(ENDPOINTS).map(|p| SocketAddrV4::new(server, p)).collect();
+        let mut all: Vec<Service> = (0..count).map(|n| background(family, n)).collect();
+        let measured: Vec<_> = kinds.iter().copied().zip(places).collect();
+        for (i, &(kind, place)) in measured.iter().enumerate() {
+            let before = measured[..i].iter().filter(|(other, _)| *other == kind).count() as u16;
+            let endpoint = |n| SocketAddr::new(family.endpoint(kind.at.node(), n), TARGET + before);
+            let service = &mut all[place];
+            service.transport = kind.transport;
+            service.node_port = Some(NODE_PORT + i as u16);
+            service.endpoints = (0..ENDPOINTS).map(endpoint).collect();
+            service.node = ["n1", "n2"][kind.at.node()];
         }
-        Self { all, measured: places }
+        Self { family, all, measured }
     }
 
-    /// The Service whose turn it is.
-    pub(super) fn measured(&self, round: usize) -> &Service {
-        &self.all[self.measured[round % self.measured.len()]]
+    /// The Service of a kind whose turn it is.
+    pub(super) fn measured(&self, kind: Kind, round: usize) -> Option<&Service> {
+        let of_kind: Vec<_> = self.measured.iter().filter(|(other, _)| *other == kind).collect();
+        let (_, place) = of_kind.get(round % of_kind.len().max(1))?;
+        self.all.get(*place)
     }
 }
 
-fn background(n: usize) -> Service {
-    let vip = Ipv4Addr::from_bits(Ipv4Addr::new(10, 96, 1, 0).to_bits() + n as u32);
-    // Pods of nodes that the lab does not have.
-    let first = Ipv4Addr::new(10, 244, 128, 0).to_bits() + (n * ENDPOINTS % (1 << 15)) as u32;
-    let endpoint = |i| SocketAddrV4::new(Ipv4Addr::from_bits(first + i as u32), 8080);
+fn background(family: IpFamily, n: usize) -> Service {
+    let endpoint = |i| SocketAddr::new(family.elsewhere(n * ENDPOINTS + i), 8080);
     Service {
         name: format!("svc-{n:05}"),
-        vip: SocketAddrV4::new(vip, PORT),
+        transport: Transport::Tcp,
+        vip: SocketAddr::new(family.cluster_ip(n), PORT),
+        node_port: None,
         endpoints: (0..ENDPOINTS).map(endpoint).collect(),
+        node: "n3",
     }
 }
 
-/// As a folder of manifests has them. An EndpointSlice has the same ports for all its addresses, so the measured
-/// Services have a slice for each port, as a named `targetPort` gives.
-pub(super) fn manifest(services: &Services) -> String {
-    let mut out = String::new();
-    for Service { name, vip, endpoints } in &services.all {
-        let _ = write!(
-            out,
-            "---\napiVersion: v1\nkind: Service\nmetadata: {{ name: {name}, namespace: default }}\nspec:\n  \
-             clusterIP: {ip}\n  clusterIPs: [{ip}]\n  ports:\n    - {{ name: http, protocol: TCP, port: {port} }}\n",
-            ip = vip.ip(),
-            port = vip.port(),
-        );
-        for (i, same_port) in endpoints.chunk_by(|a, b| a.port() == b.port()).enumerate() {
-            let addresses: Vec<_> = same_port
-                .iter()
-                .map(|e| format!("  - {{ addresses: [{}], nodeName: n1 }}\n", e.ip()))
-                .collect();
-            let _ = write!(
-                out,
-                "---\napiVersion: discovery.k8s.io/v1\nkind: EndpointSlice\nmetadata:\n  name: {name}-{i}\n  \
-                 namespace: default\n  labels: {{ kubernetes.io/service-name: {name} }}\naddressType: IPv4\nports:\n  \
-                 - {{ name: http, protocol: TCP, port: {} }}\nendpoints:\n{}",
-                same_port[0].port(),
-                addresses.concat(),
-            );
+impl Service {
+    /// The same with other endpoints.
+    pub(super) fn with_endpoints(&self, endpoints: Vec<SocketAddr>) -> Self {
+        Self { endpoints, ..self.clone() }
+    }
+
+    /// Its port, as kube-proxy calls it.
+    pub(super) fn port_name(&self) -> String {
+        format!("default/{}:http", self.name)
+    }
+
+    fn protocol(&self) -> &'static str {
+        match self.transport {
+            Transport::Tcp => "TCP",
+            Transport::Udp => "UDP",
         }
     }
-    out
+
+    fn family(&self) -> IpFamily {
+        IpFamily::of(self.vip.ip())
+    }
+
+    /// As the API has it.
+    pub(super) fn object(&self) -> Value {
+        let ip = self.vip.ip();
+        let mut port = json!({"name": "http", "protocol": self.protocol(), "port": self.vip.port()});
+        port["targetPort"] = self.endpoints[0].port().into();
+        let mut spec = json!({
+            "type": "ClusterIP", "clusterIP": ip, "clusterIPs": [ip], "sessionAffinity": "None",
+            "ipFamilies": [self.family().name()], "ipFamilyPolicy": "SingleStack", "internalTrafficPolicy": "Cluster",
+        });
+        if let Some(node_port) = self.node_port {
+            port["nodePort"] = node_port.into();
+            spec["type"] = "NodePort".into();
+            spec["externalTrafficPolicy"] = "Cluster".into();
+        }
+        spec["ports"] = json!([port]);
+        json!({
+            "apiVersion": "v1", "kind": "Service", "metadata": {"name": self.name, "namespace": "default"},
+            "spec": spec, "status": {"loadBalancer": {}},
+        })
+    }
+
+    /// Its only EndpointSlice.
+    pub(super) fn slice(&self) -> Value {
+        let endpoints = self
+            .endpoints
+            .iter()
+            .map(|e| json!({"addresses": [e.ip()], "conditions": {"ready": true}, "nodeName": self.node}));
+        let endpoints: Vec<_> = endpoints.collect();
+        json!({
+            "apiVersion": "discovery.k8s.io/v1", "kind": "EndpointSlice",
+            "metadata": {
+                "name": format!("{}-1", self.name), "namespace": "default",
+                "labels": {"kubernetes.io/service-name": self.name},
+            },
+            "addressType": self.family().name(), "endpoints": endpoints,
+            "ports": [{"name": "http", "protocol": self.protocol(), "port": self.endpoints[0].port()}],
+        })
+    }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
 
+    const KINDS: [Kind; 3] = [
+        Kind { at: Where::Here, transport: Transport::Tcp },
+        Kind { at: Where::There, transport: Transport::Tcp },
+        Kind { at: Where::Here, transport: Transport::Udp },
+    ];
+
     #[test]
-    fn measured_services_share_no_endpoint() {
-        let services = Services::new(1000, Ipv4Addr::new(10, 244, 1, 11));
-        let mut endpoints: Vec<_> =
-            services.measured.iter().flat_map(|&i| services.all[i].endpoints.clone()).collect();
-        assert_eq!(endpoints.len(), usize::from(PORTS));
-        endpoints.sort();
-        endpoints.dedup();
-        assert_eq!(endpoints.len(), usize::from(PORTS));
-        assert_eq!(Services::new(1, Ipv4Addr::LOCALHOST).measured, [0]);
+    fn one_service_is_one_service() {
+        assert_eq!(blocks(1, &KINDS), KINDS.map(|kind| vec![kind]));
+        assert_eq!(blocks(100, &KINDS).len(), 1);
+        assert_eq!(blocks(100, &KINDS)[0].len(), 4 + 4 + 1);
+        let cluster = Cluster::new(IpFamily::V4, 1, &blocks(1, &KINDS)[1]);
+        assert_eq!(cluster.all.len(), 1);
+        assert!(cluster.measured(KINDS[0], 0).is_none());
+        assert_eq!(cluster.measured(KINDS[1], 7).unwrap().name, "svc-00000");
+    }
+
+    #[test]
+    fn measured_services_share_no_endpoint_and_no_node_port() {
+        for family in IpFamily::ALL {
+            let cluster = Cluster::new(family, 1000, &blocks(1000, &KINDS)[0]);
+            let services: Vec<_> = cluster.measured.iter().map(|&(_, place)| &cluster.all[place]).collect();
+            let mut endpoints: Vec<_> =
+                services.iter().flat_map(|s| s.endpoints.iter().map(|e| (s.transport, *e))).collect();
+            let mut ports: Vec<_> = services.iter().filter_map(|s| s.node_port).collect();
+            let counts = (endpoints.len(), ports.len());
+            endpoints.sort();
+            endpoints.dedup();
+            ports.dedup();
+            assert_eq!((endpoints.len(), ports.len()), counts);
+            assert_eq!(counts, (90, 9));
+            assert!(udp_addresses(0).contains(&cluster.measured(KINDS[2], 0).unwrap().endpoints[9]));
+        }
+    }
+
+    #[test]
+    fn objects_are_of_the_cluster_s_family() {
+        let cluster = Cluster::new(IpFamily::V6, 1, &[KINDS[2]]);
+        let (object, slice) = (cluster.all[0].object(), cluster.all[0].slice());
+        assert_eq!(object["spec"]["ipFamilies"], json!(["IPv6"]));
+        assert_eq!(object["spec"]["ports"][0]["nodePort"], 30_080);
+        assert_eq!(slice["addressType"], "IPv6");
+        assert_eq!(slice["endpoints"][9]["addresses"], json!(["fd00:10:244:1::109"]));
+        assert_eq!(slice["ports"][0]["protocol"], "UDP");
     }
 }

@@ -7,7 +7,11 @@ use serde::{Deserialize, Serialize};
 #[derive(Clone, Copy, Debug, Serialize, Deserialize)]
 pub(super) struct Spread {
     pub(super) min: f64,
+    /// A quarter lies below.
+    pub(super) low: f64,
     pub(super) median: f64,
+    /// A quarter lies above.
+    pub(super) high: f64,
     pub(super) max: f64,
 }
 
@@ -15,7 +19,7 @@ impl Spread {
     /// Of at least one figure.
     pub(super) fn of(values: &[f64]) -> Self {
         let at = |q| quantile(values, q);
-        Self { min: at(0.0), median: at(0.5), max: at(1.0) }
+        Self { min: at(0.0), low: at(0.25), median: at(0.5), high: at(0.75), max: at(1.0) }
     }
 }
 
@@ -41,10 +45,16 @@ impl Times {
         Self(Histogram::new(3).unwrap_or_else(|_| unreachable!("three digits are possible")))
     }
 
-    pub(super) fn of(samples: &[u32]) -> Self {
+    pub(super) fn of(samples: impl IntoIterator<Item = u32>) -> Self {
         let mut times = Self::new();
-        samples.iter().for_each(|&ns| times.0 += u64::from(ns));
+        samples.into_iter().for_each(|ns| times.0 += u64::from(ns));
         times
+    }
+
+    /// Microseconds below which half, nine in ten and 99 in a hundred lie; none of nothing.
+    pub(super) fn quantiles(&self) -> Option<Quantiles> {
+        let of = |q| self.quantile(q);
+        (!self.0.is_empty()).then(|| Quantiles { p50: of(0.5), p90: of(0.9), p99: of(0.99) })
     }
 
     pub(super) fn add(&mut self, other: &Self) {
@@ -57,8 +67,16 @@ impl Times {
     }
 }
 
+/// Of many times, in the unit that it says beside.
+#[derive(Clone, Copy, Debug, Serialize, Deserialize)]
+pub(super) struct Quantiles {
+    pub(super) p50: f64,
+    pub(super) p90: f64,
+    pub(super) p99: f64,
+}
+
 /// Whether A is faster than B, from turns that were taken side by side.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub(super) enum Verdict {
     Ahead,
@@ -110,8 +128,10 @@ mod tests {
 
     #[test]
     fn times_are_microseconds() {
-        let mut times = Times::of(&[1000, 2000, 3000]);
-        times.add(&Times::of(&[2000, 2000]));
-        assert!((times.quantile(0.5) - 2.0).abs() < 0.01);
+        let mut times = Times::of([1000, 2000, 3000]);
+        times.add(&Times::of([2000, 2000]));
+        let quantiles = times.quantiles().unwrap();
+        assert!((quantiles.p50 - 2.0).abs() < 0.01 && (quantiles.p99 - 3.0).abs() < 0.01);
+        assert!(Times::new().quantiles().is_none());
     }
 }

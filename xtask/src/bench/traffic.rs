@@ -1,141 +1,175 @@
-//! Real connections, the modes in turn.
+//! The turns: every mode under every load, on every way.
 
-use std::path::Path;
+use std::time::{Duration, Instant};
 
 use anyhow::Result;
 use indicatif::{ProgressBar, ProgressStyle};
-use serde::Serialize;
 
-use super::Effort;
-use super::report::Report;
-use super::services::Services;
-use super::site::{Load, Mode, Site, Turn};
+use super::control;
+use super::load::Load;
+use super::mode::{Mode, Site, Tools};
+use super::plan::{Block, Budget, Cell, Depth};
+use super::results::{Compared, Of, Programming, Results, Row};
+use super::services::{Cluster, counted as counted_services};
 use super::stats::{Spread, Times, Verdict};
 
-/// One mode under one load.
-#[derive(Clone, Debug, Serialize)]
-pub(super) struct Row {
-    pub(super) load: Load,
-    pub(super) services: usize,
-    pub(super) mode: Mode,
-    /// Of all turns together, µs.
-    pub(super) p50: f64,
-    pub(super) p90: f64,
-    pub(super) p99: f64,
-    /// The turns' medians, µs.
-    pub(super) turns: Spread,
-    /// Per second.
-    pub(super) rate: Spread,
-    /// The turns' medians over those of `direct`.
-    pub(super) to_direct: Spread,
+mod turns;
+
+use turns::Turns;
+
+/// What a run is made of.
+#[derive(Debug)]
+pub(super) struct Run<'a> {
+    pub(super) tools: &'a Tools,
+    pub(super) depth: Depth,
+    pub(super) core: usize,
+    /// Those that there are.
+    pub(super) modes: Vec<Mode>,
+    pub(super) budget: Budget,
 }
 
-/// Ours against iptables.
-#[derive(Clone, Debug, Serialize)]
-pub(super) struct Compared {
-    pub(super) load: Load,
-    pub(super) services: usize,
-    /// Ours over iptables, turn by turn.
-    pub(super) ratio: Spread,
-    pub(super) verdict: Verdict,
-}
+/// How far a run is. Drawn between turns only: nothing else may run while something is measured.
+struct Progress(ProgressBar);
 
-/// How long a node took to serve all Services, from nothing.
-#[derive(Clone, Debug, Serialize)]
-pub(super) struct Programming {
-    pub(super) services: usize,
-    pub(super) mode: Mode,
-    pub(super) seconds: f64,
-}
-
-/// Measures all modes under all loads with each number of Services.
-pub(super) fn measure(
-    exe: &Path,
-    core: usize,
-    effort: Effort,
-    sizes: &[usize],
-    report: &mut Report,
-) -> Result<()> {
-    report.machine.iptables = Some(super::iptables::prepare()?);
-    let turns = sizes.len() * (effort.rounds + 1) * Load::ALL.len() * Mode::ALL.len();
-    // Drawn between turns only: the bar must not run while something is measured.
-    let bar = ProgressBar::new(turns as u64);
-    if let Ok(style) = ProgressStyle::with_template("{bar:40} {pos}/{len} turns, {eta} left: {msg}") {
-        bar.set_style(style);
+impl Progress {
+    fn new(budget: &Budget) -> Self {
+        let bar = ProgressBar::new(budget.whole().as_secs());
+        if let Ok(style) = ProgressStyle::with_template("{bar:30} {prefix} left at most: {msg}") {
+            bar.set_style(style);
+        }
+        Self(bar)
     }
-    bar.set_message("starting the labs");
-    let mut sites =
-        Mode::ALL.into_iter().map(|mode| Site::start(mode, exe, core)).collect::<Result<Vec<_>>>()?;
-    for &size in sizes {
-        let services = Services::new(size, sites[0].server());
-        for site in &mut sites {
-            bar.set_message(format!("{size} Services: programming {}", site.mode.name()));
-            if let Some(took) = site.program(&services)? {
-                let seconds = took.as_secs_f64();
-                report.programming.push(Programming { services: size, mode: site.mode, seconds });
+
+    fn show(&self, budget: &Budget, what: String) {
+        let left = budget.left() as u64;
+        self.0.set_position(budget.elapsed().as_secs());
+        self.0.set_prefix(format!("{}:{:02}", left / 60, left % 60));
+        self.0.set_message(what);
+    }
+}
+
+/// Measures all blocks.
+pub(super) fn measure(run: &mut Run<'_>, blocks: &[Block], results: &mut Results) -> Result<()> {
+    let progress = Progress::new(&run.budget);
+    for (i, block) in blocks.iter().enumerate() {
+        if let Err(why) = run.budget.affords_block(block.services, &run.modes) {
+            results.omitted.push(format!("{}: {why}", counted(block)));
+            continue;
+        }
+        let cluster = Cluster::new(block.family, block.services, &block.kinds);
+        let mut sites = start(run, &cluster, &progress, results)?;
+        verify(&mut sites, block, &cluster, true)?;
+        for (c, cell) in block.cells.iter().enumerate() {
+            let what = format!("{}, {}, {}", counted(block), cell.load.name(), cell.path.name());
+            progress.show(&run.budget, what);
+            let later = &blocks[i + 1..];
+            let cells_left = block.cells.len() - c + later.iter().map(|b| b.cells.len()).sum::<usize>();
+            let turns = take(run, &mut sites, *cell, &cluster, (cells_left, later))?;
+            let of = Of { load: cell.load, path: cell.path, family: block.family, services: block.services };
+            turns.evaluate(of, results);
+        }
+        verify(&mut sites, block, &cluster, false)?;
+        if block.control {
+            for site in &mut sites {
+                progress.show(&run.budget, format!("{}, changes, {}", counted(block), site.mode.name()));
+                control::measure(site, &cluster, run.depth, run.core, results)?;
             }
         }
-        for load in Load::ALL {
-            bar.set_message(format!("{size} Services, {}", load.name()));
-            let turns = take_turns(&mut sites, load, effort, &services, &bar)?;
-            evaluate(load, size, &turns, report);
-        }
+        progress.show(&run.budget, "taking down the labs".into());
+        sites.into_iter().try_for_each(Site::end)?;
     }
-    bar.finish_and_clear();
-    sites.iter().try_for_each(Site::verify)
+    progress.0.finish_and_clear();
+    Ok(())
 }
 
-/// The turns of each mode, in the order of [`Mode::ALL`].
-fn take_turns(
+/// Whether each mode does what it says, on each of the block's ways.
+fn verify(sites: &mut [Site], block: &Block, cluster: &Cluster, fresh: bool) -> Result<()> {
+    for cell in block.cells.iter().filter(|cell| cell.load == Load::Connections) {
+        for site in sites.iter_mut().filter(|site| site.mode.is_for(cell.path)) {
+            site.verify(cell.path, cluster, fresh)?;
+        }
+    }
+    Ok(())
+}
+
+fn counted(block: &Block) -> String {
+    format!("{} ({})", counted_services(block.services), block.family.name())
+}
+
+fn start(
+    run: &mut Run<'_>,
+    cluster: &Cluster,
+    progress: &Progress,
+    results: &mut Results,
+) -> Result<Vec<Site>> {
+    let (family, services) = (cluster.family, cluster.all.len());
+    let mut sites = Vec::new();
+    for mode in run.modes.clone() {
+        progress.show(
+            &run.budget,
+            format!("{services} Services ({}): programming {}", family.name(), mode.name()),
+        );
+        if let Err(why) = run.budget.affords_mode(mode, services) {
+            results.omitted.push(format!("{}, {services} Services, {}: {why}", mode.name(), family.name()));
+            continue;
+        }
+        let begin = Instant::now();
+        let site = Site::start(mode, run.tools, run.core, cluster)?;
+        run.budget.learn(mode, services, begin.elapsed());
+        // A small cluster is there for each kind of Service: once is enough.
+        let known =
+            results.programming.iter().any(|p| (p.services, p.family, p.mode) == (services, family, mode));
+        if let Some(took) = site.programmed.filter(|_| !known) {
+            let (seconds, after) = (took.whole.as_secs_f64(), took.listed.map(|d| d.as_secs_f64()));
+            let programming = Programming { services, family, mode, seconds, seconds_after_list: after };
+            results.programming.push(programming);
+        }
+        sites.push(site);
+    }
+    Ok(sites)
+}
+
+/// The turns of each mode. The first round warms up (neighbours, caches, routes) and tells how many operations make a turn,
+/// the same for all modes; the second how long a round takes.
+fn take(
+    run: &Run<'_>,
     sites: &mut [Site],
-    load: Load,
-    effort: Effort,
-    services: &Services,
-    bar: &ProgressBar,
-) -> Result<Vec<Vec<Turn>>> {
-    let count = match load {
-        Load::NewConnection => effort.connections,
-        Load::RoundTrip => effort.round_trips,
-    };
-    let mut turns = vec![Vec::new(); sites.len()];
-    // The first round warms up: neighbours, caches, routes.
-    for round in 0..=effort.rounds {
-        // Back and forth, so that no mode is always the one after another.
-        let forth = round % 2 == 0;
+    cell: Cell,
+    cluster: &Cluster,
+    (cells_left, later): (usize, &[Block]),
+) -> Result<Turns> {
+    let mut sites: Vec<_> = sites.iter_mut().filter(|site| site.mode.is_for(cell.path)).collect();
+    let mut turns = Turns::new(sites.iter().map(|site| site.mode));
+    let mut count = cell.load.first_count();
+    let mut one_round = |round: usize, count: u64, turns: Option<&mut Turns>| -> Result<f64> {
+        let (forth, mut rate, mut turns) = (round.is_multiple_of(2), 0.0, turns);
         for i in 0..sites.len() {
+            // Back and forth, so that no mode is always the one after another.
             let i = if forth { i } else { sites.len() - 1 - i };
-            let turn = sites[i].measure(load, count, services, round)?;
-            bar.inc(1);
-            if round > 0 {
-                turns[i].push(turn);
+            let paid = sites[i].measure(cell.path, cell.load, count, cluster, round)?;
+            if sites[i].mode == Mode::Direct {
+                rate = paid.turn.rate;
+            }
+            if let Some(turns) = &mut turns {
+                turns.push(i, paid, count);
             }
         }
+        Ok(rate)
+    };
+    let rate = one_round(0, count, None)?;
+    count = ((rate * run.depth.turn(cell.load).as_secs_f64()) as u64)
+        .clamp(cell.load.first_count() / 8, 50_000_000);
+    let begin = Instant::now();
+    one_round(1, count, None)?;
+    let rounds = run.budget.rounds(
+        begin.elapsed().max(Duration::from_millis(1)),
+        cells_left,
+        later,
+        &run.modes,
+        run.depth,
+    );
+    for round in 0..rounds {
+        one_round(round, count, Some(&mut turns))?;
     }
     Ok(turns)
-}
-
-fn evaluate(load: Load, services: usize, turns: &[Vec<Turn>], report: &mut Report) {
-    let medians = |turns: &[Turn]| turns.iter().map(|t| t.times.quantile(0.5)).collect::<Vec<_>>();
-    let ratios = |a: &[f64], b: &[f64]| a.iter().zip(b).map(|(a, b)| a / b).collect::<Vec<_>>();
-    let medians: Vec<_> = turns.iter().map(|turns| medians(turns)).collect();
-    for (i, mode) in Mode::ALL.into_iter().enumerate() {
-        let mut all = Times::new();
-        turns[i].iter().for_each(|turn| all.add(&turn.times));
-        let rates: Vec<_> = turns[i].iter().map(|turn| turn.rate).collect();
-        report.rows.push(Row {
-            load,
-            services,
-            mode,
-            p50: all.quantile(0.5),
-            p90: all.quantile(0.9),
-            p99: all.quantile(0.99),
-            turns: Spread::of(&medians[i]),
-            rate: Spread::of(&rates),
-            to_direct: Spread::of(&ratios(&medians[i], &medians[0])),
-        });
-    }
-    let at = |mode| Mode::ALL.iter().position(|&m| m == mode).unwrap_or_default();
-    let ratios = ratios(&medians[at(Mode::Ours)], &medians[at(Mode::Iptables)]);
-    let (ratio, verdict) = (Spread::of(&ratios), Verdict::of(&ratios));
-    report.compared.push(Compared { load, services, ratio, verdict });
 }

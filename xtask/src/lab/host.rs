@@ -15,6 +15,7 @@ use nix::sched::{CloneFlags, setns};
 use nix::sys::stat::Mode;
 use serde::{Deserialize, Serialize};
 
+use super::net::{self, Net};
 use super::{netns, owner};
 
 /// What a host is in the lab.
@@ -123,6 +124,30 @@ impl Host {
     /// still this process's own: where socket hooks matter, use [`Self::command`].
     pub fn run_in<T: Send>(&self, f: impl FnOnce() -> T + Send) -> Result<T> {
         netns::run_in(&self.netns_path(), f)
+    }
+
+    /// Adds addresses to a device.
+    pub fn add_addresses(&self, dev: &str, addresses: &[IpAddr], prefix: u8) -> Result<()> {
+        net::block_on(async || {
+            let net = Net::open(&self.netns_path())?;
+            let index = net.index(dev).await?;
+            for &address in addresses {
+                net.addr(index, address, prefix).await?;
+            }
+            Ok(())
+        })
+    }
+
+    /// Adds a route by way of a gateway, which is taken to be on `dev` if that is given.
+    pub fn add_route(&self, (to, prefix): (IpAddr, u8), via: IpAddr, dev: Option<&str>) -> Result<()> {
+        net::block_on(async || {
+            let net = Net::open(&self.netns_path())?;
+            let onlink = match dev {
+                Some(dev) => Some(net.index(dev).await?),
+                None => None,
+            };
+            net.route(to, prefix, via, onlink).await
+        })
     }
 
     /// Writes a network sysctl, named as for `sysctl(8)` without the leading `net.`: `ipv4.ip_forward`.

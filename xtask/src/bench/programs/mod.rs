@@ -14,9 +14,10 @@ use lb_common::addr::{Ip4, Ip6};
 use nix::sched::{CloneFlags, unshare};
 use serde::{Deserialize, Serialize};
 
+use super::cores::pin;
 use super::packet::Family;
+use super::plan::Depth;
 use super::stats::Spread;
-use super::{Effort, pin};
 use cases::{Case, Floor};
 use objects::{Loaded, Own, time};
 
@@ -70,12 +71,12 @@ const BARE: [(&str, Floor); 2] = [
 ];
 
 /// Measures every case in both families, in turn.
-pub(super) fn measure(core: usize, effort: Effort) -> Result<Vec<Cost>> {
+pub(super) fn measure(core: usize, depth: Depth) -> Result<Vec<Cost>> {
     let on_thread = || {
         pin(core)?;
         // A namespace without sockets: looking for one costs the same on every machine.
         unshare(CloneFlags::CLONE_NEWNET).context("creating a network namespace")?;
-        take_turns(effort)
+        take_turns(depth.programs())
     };
     std::thread::scope(|s| s.spawn(on_thread).join().unwrap_or_else(|panic| std::panic::resume_unwind(panic)))
 }
@@ -130,17 +131,17 @@ impl<A: Family> Turns<A> {
     }
 }
 
-fn take_turns(effort: Effort) -> Result<Vec<Cost>> {
+fn take_turns((rounds, packets): (usize, u32)) -> Result<Vec<Cost>> {
     let (mut lb, mut own) = (Loaded::new()?, Own::new()?);
     let mut v4 = Turns::<Ip4>::new(&mut lb, &mut own)?;
     let mut v6 = Turns::<Ip6>::new(&mut lb, &mut own)?;
     let mut empty = Vec::new();
-    let bar = ProgressBar::new(effort.program_rounds as u64);
-    for _ in 0..effort.program_rounds {
-        let nothing = time(own.program("empty")?, &v4.cases[0].packet, effort.packets)?;
+    let bar = ProgressBar::new(rounds as u64);
+    for _ in 0..rounds {
+        let nothing = time(own.program("empty")?, &v4.cases[0].packet, packets)?;
         empty.push(nothing);
-        v4.take(&mut lb, &mut own, nothing, effort.packets)?;
-        v6.take(&mut lb, &mut own, nothing, effort.packets)?;
+        v4.take(&mut lb, &mut own, nothing, packets)?;
+        v6.take(&mut lb, &mut own, nothing, packets)?;
         bar.inc(1);
     }
     bar.finish_and_clear();

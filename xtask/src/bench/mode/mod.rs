@@ -1,0 +1,86 @@
+//! The ways of serving Services that are compared.
+
+mod evidence;
+mod kube_proxy;
+mod proxy;
+mod site;
+mod tools;
+
+use serde::{Deserialize, Serialize};
+
+use super::topology::Path;
+
+pub(super) use site::{Paid, Site};
+pub(super) use tools::{Available, Tools};
+
+/// How a packet finds its endpoint.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub(super) enum Mode {
+    /// By the endpoint's own address, nothing is translated: the limit.
+    Direct,
+    /// kube-proxy's iptables mode.
+    Iptables,
+    /// kube-proxy's nftables mode.
+    Nftables,
+    /// Our programs on every packet.
+    Ours,
+    /// Our socket hooks in pods, too.
+    OursSockets,
+    /// Our programs, with XDP on the uplink.
+    OursXdp,
+}
+
+impl Mode {
+    /// All of them, in the order in which they are shown.
+    pub(super) const ALL: [Self; 6] =
+        [Self::Direct, Self::Iptables, Self::Nftables, Self::Ours, Self::OursSockets, Self::OursXdp];
+
+    /// In a table.
+    pub(super) fn name(self) -> &'static str {
+        match self {
+            Self::Direct => "direct",
+            Self::Iptables => "iptables",
+            Self::Nftables => "nftables",
+            Self::Ours => "ours",
+            Self::OursSockets => "ours, sockets",
+            Self::OursXdp => "ours, XDP",
+        }
+    }
+
+    /// For a lab's name and for files.
+    pub(super) fn short(self) -> &'static str {
+        match self {
+            Self::Direct => "direct",
+            Self::Iptables => "iptables",
+            Self::Nftables => "nftables",
+            Self::Ours => "ours",
+            Self::OursSockets => "sockets",
+            Self::OursXdp => "xdp",
+        }
+    }
+
+    /// Whether it is one of ours.
+    pub(super) fn is_ours(self) -> bool {
+        matches!(self, Self::Ours | Self::OursSockets | Self::OursXdp)
+    }
+
+    /// Flags that the agent is given besides the usual ones.
+    pub(super) fn agent_flags(self) -> &'static [&'static str] {
+        match self {
+            Self::OursSockets => &["--socket-lb=all"],
+            Self::OursXdp => &["--xdp"],
+            _ => &[],
+        }
+    }
+
+    /// Whether it does anything on a way that the mode it derives from does not: sockets are for pods that ask Services,
+    /// XDP is for what comes by the uplink.
+    pub(super) fn is_for(self, path: Path) -> bool {
+        match self {
+            Self::OursSockets => matches!(path, Path::SameNode | Path::OtherNode),
+            Self::OursXdp => path.is_from_outside(),
+            _ => true,
+        }
+    }
+}
