@@ -158,3 +158,6 @@ impl Devices {
         }
     }
 }
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,148 @@
+//! Programs on real devices, both ways that there are.
+
+use super::*;
+use crate::kernel::programs::{self, Features, OBJECT};
+use crate::kernel::testing::{Bpffs, WHY_ROOT};
+use aya::programs::tc::qdisc_detach_program;
+use aya::programs::{SchedClassifier, TcAttachType};
+use aya::{Ebpf, EbpfLoader};
+use lb_attach::attach::{self, Hook};
+use lb_attach::netlink::Netlink;
+use lb_attach::syscall;
+use netlink_packet_core::NLM_F_DUMP;
+use netlink_sys::protocols::NETLINK_ROUTE;
+use nix::sched::{CloneFlags, unshare};
+use rtnetlink::packet_route::RouteNetlinkMessage;
+use rtnetlink::packet_route::tc::TcMessage;
+use rtnetlink::{LinkUnspec, LinkVeth};
+use std::os::fd::AsFd as _;
+
+/// A veth in a network namespace of this thread's own.
+fn veth(name: &str) -> Link {
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_io().build().expect("a runtime");
+    runtime.block_on(async {
+        let (connection, handle, _) = rtnetlink::new_connection().expect("netlink");
+        tokio::spawn(connection);
+        let peer = format!("{name}-peer");
+        handle.link().add(LinkVeth::new(name, &peer).up().build()).execute().await.expect("a veth");
+        handle.link().set(LinkUnspec::new_with_name("lo").up().build()).execute().await.expect("lo");
+    });
+    let snapshot = Snapshot::take().expect("the devices");
+    snapshot.links.into_iter().find(|link| link.name == name).expect("the veth")
+}
+
+fn load(pins: &Pins) -> Ebpf {
+    let mut loader = EbpfLoader::new();
+    for map in programs::MAPS {
+        loader.map_pin_path(map, pins.map(map));
+    }
+    let mut ebpf = loader.load(OBJECT).expect(WHY_ROOT);
+    for hook in Hook::BOTH {
+        let program: &mut SchedClassifier =
+            ebpf.program_mut(hook.program()).expect("a program").try_into().expect("of this kind");
+        program.load().expect("load");
+    }
+    ebpf
+}
+
+fn each_way(way: impl Fn(Pins, bool)) {
+    for tcx in [true, false] {
+        // Kernels before 6.6 have the one way only; from then on both are tested.
+        if tcx && !attach::has_tcx() {
+            continue;
+        }
+        let bpffs = Bpffs::new();
+        unshare(CloneFlags::CLONE_NEWNET).expect(WHY_ROOT);
+        way(bpffs.pins.clone(), tcx);
+    }
+}
+
+#[test]
+fn what_is_attached_is_known_replaced_and_taken_off() {
+    each_way(|pins, tcx| {
+        let link = veth("pod");
+        let features = Features { tcx, flags: 0 };
+        let entry = Entry { flags: Entry::POD, netns: 3, ..Entry::default() };
+        let turn = pins.lock().expect("our turn");
+        assert!(Attacher::open(&turn, &pins, tcx).expect("open").is_none(), "nothing is pinned yet");
+        drop(turn);
+        let mut first = programs::pin(&mut load(&pins), &pins, features).expect("pin");
+        let both = Hook::BOTH.to_vec();
+        assert_eq!(first.missing(&link).expect("look"), both, "tcx {tcx}: nothing is attached yet");
+        for again in 0..2 {
+            first.attach(&pins.lock().expect("our turn"), &link, entry).expect("attach");
+            assert_eq!(first.missing(&link).expect("look"), [], "tcx {tcx}, {again}");
+            assert_eq!(first.entry(link.index), Some(entry));
+        }
+        assert_eq!(first.served().into_iter().collect::<Vec<_>>(), [link.index]);
+
+        // Others come, with programs of their own.
+        let mut second = programs::pin(&mut load(&pins), &pins, features).expect("pin");
+        assert_eq!(second.missing(&link).expect("look"), both, "tcx {tcx}: the old programs are on it");
+        second.attach(&pins.lock().expect("our turn"), &link, entry).expect("attach");
+        assert_eq!(second.missing(&link).expect("look"), [], "tcx {tcx}: replaced");
+        assert_eq!(first.missing(&link).expect("look"), both, "tcx {tcx}: not beside them");
+
+        // Somebody takes one off.
+        if tcx {
+            let pin = pins.link(&format!("tc-{}-egress", link.index));
+            syscall::link_detach(syscall::obj_get(&pin).expect("the link").as_fd()).expect("detach");
+        } else {
+            qdisc_detach_program("pod", TcAttachType::Egress, "egress").expect("detach");
+        }
+        assert_eq!(second.missing(&link).expect("look"), [Hook::Egress], "tcx {tcx}");
+        second.attach(&pins.lock().expect("our turn"), &link, entry).expect("attach");
+        assert_eq!(second.missing(&link).expect("look"), [], "tcx {tcx}: back");
+
+        second.detach(&pins.lock().expect("our turn"), link.index, Some("pod")).expect("detach");
+        assert_eq!(second.missing(&link).expect("look"), both, "tcx {tcx}");
+        assert_eq!((second.entry(link.index), second.served().len()), (None, 0));
+        // Once more, as for a device that is gone.
+        second.detach(&pins.lock().expect("our turn"), link.index, None).expect("detach");
+        let gone = Link { name: "gone".into(), index: 999, ..link };
+        assert!(second.missing(&gone).map_or(true, |missing| missing == both), "tcx {tcx}");
+    });
+}
+
+/// How many filters hang there.
+fn filters(link: &Link, parent: u32) -> usize {
+    let mut question = TcMessage::default();
+    question.header.index = link.index.cast_signed();
+    question.header.parent = parent.into();
+    let mut all = 0;
+    let netlink = Netlink::open(NETLINK_ROUTE).expect("netlink");
+    let asked = netlink.ask(NLM_F_DUMP, RouteNetlinkMessage::GetTrafficFilter(question), |answer| {
+        // Each priority has a head of its own, without a handle.
+        if let RouteNetlinkMessage::NewTrafficFilter(filter) = answer {
+            all += usize::from(filter.header.handle != 0.into());
+        }
+    });
+    asked.expect("list the filters");
+    all
+}
+
+/// An agent and plugins see a device at the same moment.
+#[test]
+fn many_at_once_attach_one_program() {
+    each_way(|pins, tcx| {
+        let link = veth("pod");
+        let features = Features { tcx, flags: 0 };
+        drop(programs::pin(&mut load(&pins), &pins, features).expect("pin"));
+        std::thread::scope(|scope| {
+            for _ in 0..8 {
+                scope.spawn(|| {
+                    let turn = pins.lock().expect("our turn");
+                    let attacher = Attacher::open(&turn, &pins, tcx).expect("open");
+                    attacher.expect("pinned").attach(&turn, &link, Entry::default()).expect("attach");
+                });
+            }
+        });
+        for (hook, parent) in [(TcAttachType::Ingress, 0xffff_fff2), (TcAttachType::Egress, 0xffff_fff3)] {
+            let attached = match tcx {
+                true => SchedClassifier::query_tcx("pod", hook).expect("look").1.len(),
+                false => filters(&link, parent),
+            };
+            assert_eq!(attached, 1, "tcx {tcx}: {hook:?}");
+        }
+    });
+}
