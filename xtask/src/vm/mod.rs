@@ -8,6 +8,7 @@ mod kernel;
 mod loaded;
 mod paths;
 mod payload;
+mod plugin;
 mod qemu;
 mod report;
 mod services;

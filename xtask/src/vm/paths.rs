@@ -38,7 +38,7 @@ pub(super) fn try_all(report: &mut Report) -> Result<()> {
         Ok(agent)
     };
     let agents: Result<Vec<Agent>> = [lab.node(0), lab.node(1)].into_iter().map(start).collect();
-    let _agents = match agents {
+    let agents = match agents {
         Ok(agents) => agents,
         Err(error) => {
             report.check("lb-agent on both nodes", Err(error));
@@ -51,6 +51,13 @@ pub(super) fn try_all(report: &mut Report) -> Result<()> {
     let tried = report.checks.len();
     paths.to_services(report);
     paths.without_services(report);
+    drop(agents);
+    match super::plugin::add_pod(&lab).context("lb-cni") {
+        Ok(pod) => paths.both(report, "no agent, a pod added by lb-cni → ClusterIP", |v6| {
+            expect(&pod, SERVICES[1].at(Kind::ClusterIp, &lab, v6), &lab.pod(1, 0), &[at(&pod, v6, 0).ip()])
+        }),
+        Err(error) => report.check("lb-cni adds a pod without an agent", Err(error)),
+    }
     if report.passed() - before < report.checks.len() - tried {
         print!("{}{}", log_tail(lab.node(0)), log_tail(lab.node(1)));
     }

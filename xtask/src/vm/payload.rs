@@ -22,7 +22,7 @@ pub(super) fn prepare(dir: &Path) -> Result<Vec<File>> {
     let built = workspace_bins()?;
     let mut files = vec![File { here: built.programs.clone(), there: OBJECT_FILE.into() }];
     let mut libraries = BTreeSet::new();
-    for name in ["xtask", "lb-agent", "lbctl"] {
+    for name in ["xtask", "lb-agent", "lb-cni", "lbctl"] {
         let binary = built.binary(name)?;
         libraries.extend(libraries_of(binary)?);
         let here = dir.join(name);
