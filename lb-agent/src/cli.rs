@@ -98,6 +98,11 @@ pub struct RunArgs {
     #[arg(long, value_name = "WHO", env = "LB_SOCKET_LB", default_value = "host")]
     pub socket_lb: SocketLb,
 
+    /// Have the bridge carry what pods send to endpoints on the same bridge, instead of routing it: auto: where bridged
+    /// packets pass iptables' FORWARD chain, too (bridge-nf-call-iptables)
+    #[arg(long, value_name = "WHEN", env = "LB_BRIDGE_SHORTCUT", default_value = "auto")]
+    pub bridge_shortcut: BridgeShortcut,
+
     /// Uplinks and overlays, as glob patterns [default: all but loopback and pods' devices]
     #[arg(long, value_name = "PATTERNS", env = "LB_DEVICES", default_value = "", hide_default_value = true)]
     pub devices: PatternList,
@@ -169,6 +174,17 @@ pub enum SocketLb {
     /// Those of pods, too.
     All,
     /// Nobody's: processes of the host do not reach Services.
+    Off,
+}
+
+/// When pods' packets are bridged to endpoints on the same bridge.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum BridgeShortcut {
+    /// Where netfilter sees bridged packets as it sees routed ones.
+    Auto,
+    /// Always.
+    On,
+    /// Never: they are routed.
     Off,
 }
 

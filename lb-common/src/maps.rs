@@ -156,7 +156,7 @@ pub struct Flow<A> {
     pub proto: u8,
     /// [`Side`] as a number.
     pub side: u8,
-    /// `DNAT` and the `MASQ_*` bits.
+    /// `DNAT`, `BRIDGED` and the `MASQ_*` bits.
     pub flags: u8,
     /// [`Flow::FIN`], [`Flow::RST`] and [`Flow::SEEN`], per entry.
     pub state: u8,
@@ -171,6 +171,8 @@ impl<A: Addr> Flow<A> {
     pub const MASQ_UNDECIDED: u8 = 4;
     /// The source is translated: `masq` is set and `Back` exists.
     pub const MASQ_DONE: u8 = 8;
+    /// Client and backend may be behind one bridge, which can carry the packets.
+    pub const BRIDGED: u8 = 16;
 
     /// A TCP FIN went by in this entry's direction.
     pub const FIN: u8 = 1;
@@ -525,6 +527,17 @@ impl Device {
     pub const POD: u32 = 1;
     /// Traffic from pods to the outside is masqueraded here.
     pub const MASQUERADE: u32 = 2;
+    /// A port of a bridge that may carry IPv4 packets to other pods of it: what forwards them looks at the same rules as
+    /// routing would.
+    pub const BRIDGED4: u32 = 4;
+    /// The same for IPv6.
+    pub const BRIDGED6: u32 = 8;
+
+    /// The flag of a family.
+    #[inline(always)]
+    pub const fn bridged<A: Addr>() -> u32 {
+        if A::IS_V4 { Self::BRIDGED4 } else { Self::BRIDGED6 }
+    }
 }
 
 /// Key data of the CIDR trie is the address; these are its values' bits.

@@ -2,12 +2,15 @@
 //!
 //! - `tc`: `ingress` and `egress`, attached to every pod veth, uplink and overlay device.
 //! - `frames`: packets that are kept for a while.
+//! - `next_hop`: the bridge short-cut.
 //! - `sockets`: the cgroup hooks for host processes.
 //! - `tables`: the maps.
 #![cfg_attr(target_arch = "bpf", no_std, no_main)]
 
 #[cfg(target_arch = "bpf")]
 mod frames;
+#[cfg(target_arch = "bpf")]
+mod next_hop;
 #[cfg(target_arch = "bpf")]
 mod sockets;
 #[cfg(target_arch = "bpf")]

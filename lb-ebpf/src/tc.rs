@@ -1,10 +1,10 @@
 //! The tc programs: packets and tables as `lb_common::datapath` wants them.
 
-use crate::frames;
 use crate::tables::{
     self, FLAGS, HASH_SEED, LB_BEGUN, LB_DEVICE, LB_PORTS, LB_SCRATCH, LB_STANCE, LB_TAKEN, MASQ_FIRST,
     MASQ_LAST, Maps, RECENT,
 };
+use crate::{frames, next_hop};
 use aya_ebpf::bindings::{
     __sk_buff, BPF_F_MARK_MANGLED_0, BPF_F_PSEUDO_HDR, TC_ACT_SHOT, TC_ACT_UNSPEC, bpf_adj_room_mode,
     bpf_sock,
@@ -80,7 +80,10 @@ fn family<A: Wire + Maps>(mut skb: Skb, hook: Hook) -> i32 {
     };
     match verdict {
         // "Next": other programs on the device have their say.
-        Verdict::Pass => {
+        Verdict::Pass | Verdict::Bridge => {
+            if verdict == Verdict::Bridge {
+                next_hop::bridge::<A>(&skb);
+            }
             if FLAGS.load() & flags::FRONT != 0 {
                 skb.see_to(hook);
             }
@@ -131,7 +134,7 @@ fn reject<A: Wire>(skb: &mut Skb, around: &Around) -> i32 {
 
 /// A packet in the kernel.
 #[derive(Clone, Copy)]
-struct Skb(*mut __sk_buff);
+pub(crate) struct Skb(pub(crate) *mut __sk_buff);
 
 impl Skb {
     /// Whether another version's program in front of this one has seen to the packet, as far as this hook goes.

@@ -4,7 +4,7 @@
 mod classify;
 
 use super::pins::Pins;
-use crate::cli::RunArgs;
+use crate::cli::{BridgeShortcut, RunArgs};
 use crate::store::LocalAddresses;
 use anyhow::{Context as _, Result};
 use classify::{Role, classify};
@@ -23,6 +23,9 @@ const SETTLE: Duration = Duration::from_millis(10);
 /// How often we look at what is attached, and at the devices though nothing was said: neither a lost message nor somebody
 /// who takes our programs off must leave a pod without service.
 const ANYWAY: Duration = Duration::from_secs(10);
+
+/// How often we ask whether netfilter sees bridged packets: nobody tells.
+const NETFILTER: Duration = Duration::from_secs(1);
 
 /// The device manager.
 pub struct Devices {
@@ -68,9 +71,15 @@ impl Devices {
                 }
                 Err(error) => warn!("look at the devices: {error:#}; trying again"),
             }
-            let rest = self.looked.map_or(SETTLE, |looked| ANYWAY.saturating_sub(looked.elapsed()));
-            if let Ok(None) = tokio::time::timeout(rest, messages.next()).await {
-                return Err(anyhow::anyhow!("netlink has closed the connection"));
+            let due = self.looked.map_or(SETTLE, |looked| ANYWAY.saturating_sub(looked.elapsed()));
+            let (due, short_cut) = (Instant::now() + due, self.short_cut());
+            while Instant::now() < due && short_cut == self.short_cut() {
+                let rest = due.saturating_duration_since(Instant::now());
+                match tokio::time::timeout(rest.min(NETFILTER), messages.next()).await {
+                    Ok(None) => return Err(anyhow::anyhow!("netlink has closed the connection")),
+                    Ok(Some(_)) => break,
+                    Err(_) => {}
+                }
             }
             tokio::time::sleep(SETTLE).await;
             while let Ok(Some(_)) = tokio::time::timeout(Duration::ZERO, messages.next()).await {}
@@ -112,11 +121,27 @@ impl Devices {
 
     fn entry(&self, link: &Link, role: Role, snapshot: &Snapshot) -> Entry {
         let flags = match role {
+            Role::Pod if link.bridge.is_some() => Entry::POD | self.short_cut(),
             Role::Pod => Entry::POD,
             Role::Uplink if self.args.masquerade => Entry::MASQUERADE,
             Role::Uplink | Role::Overlay => 0,
         };
         snapshot.entry(link, flags)
+    }
+
+    /// Whether a bridge may carry what pods send to Services' endpoints on it: where bridged packets pass the FORWARD
+    /// chain as routed ones do, so that NetworkPolicy sees them either way.
+    fn short_cut(&self) -> u32 {
+        let passes = |family: &str| match self.args.bridge_shortcut {
+            BridgeShortcut::Auto => {
+                let path = format!("/proc/sys/net/bridge/bridge-nf-call-{family}");
+                std::fs::read_to_string(path).is_ok_and(|value| value.trim() == "1")
+            }
+            BridgeShortcut::On => true,
+            BridgeShortcut::Off => false,
+        };
+        let flag = |family, flag| if passes(family) { flag } else { 0 };
+        flag("iptables", Entry::BRIDGED4) | flag("ip6tables", Entry::BRIDGED6)
     }
 
     fn serve(&mut self, link: &Link, role: Role, entry: Entry, look: bool) -> Result<()> {

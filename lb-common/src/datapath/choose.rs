@@ -1,7 +1,7 @@
 //! A new flow to a frontend: which backend.
 
 use super::enter::{FULL, enter, forward};
-use super::ingress::{done, onward};
+use super::ingress::onward;
 use super::parse::{Headers, Kind, Wire};
 use super::reclaim::make_room;
 use super::{FlowRef, Kernel, Outcome, Packet, Put, Reason, Tables, Verdict, affinity};
@@ -22,7 +22,8 @@ pub(super) fn choose<A: Wire, P: Packet, K: Tables<A>>(
     if frontend.flags & Frontend::SOCKETS_ONLY != 0 {
         return Verdict::Pass.raw();
     }
-    let inside = is_inside(kernel);
+    let device = device_flags(kernel);
+    let inside = device & Device::POD != 0;
     let set = frontend.set(inside);
     if set.count == 0 {
         let drop = if inside { Frontend::INTERNAL_DROP } else { Frontend::EXTERNAL_DROP };
@@ -46,7 +47,10 @@ pub(super) fn choose<A: Wire, P: Packet, K: Tables<A>>(
         },
     };
     let hairpin = slot.addr == key.src;
-    let far = !inside && slot.flags & Slot::<A>::LOCAL == 0;
+    let local = slot.flags & Slot::<A>::LOCAL != 0;
+    let far = !inside && !local;
+    let bridged =
+        if local && !hairpin && device & Device::bridged::<A>() != 0 { Flow::<A>::BRIDGED } else { 0 };
     let masquerade = if hairpin || far || frontend.flags & Frontend::MASQUERADE_ALWAYS != 0 {
         Flow::<A>::MASQ_NEEDED
     } else {
@@ -59,7 +63,7 @@ pub(super) fn choose<A: Wire, P: Packet, K: Tables<A>>(
         backend_id: slot.backend_id,
         backend_epoch: slot.backend_epoch,
         service: frontend.service,
-        flags: Flow::<A>::DNAT | masquerade,
+        flags: Flow::<A>::DNAT | masquerade | bridged,
         ..Flow::straight(key, kernel.now())
     });
     let mut entered = enter(kernel, &draft);
@@ -69,13 +73,13 @@ pub(super) fn choose<A: Wire, P: Packet, K: Tables<A>>(
     if entered != Verdict::Pass.raw() {
         return entered;
     }
-    done(onward(packet, headers, draft.get())).raw()
+    onward(packet, headers, draft.get()).raw()
 }
 
-/// Whether the packet comes from a pod of this node.
+/// The flags of the device that the packet comes in by.
 #[inline(always)]
-fn is_inside<K: Kernel>(kernel: &K) -> bool {
-    kernel.device().is_some_and(|d| d.flags & Device::POD != 0)
+fn device_flags<K: Kernel>(kernel: &K) -> u32 {
+    kernel.device().map_or(0, |device| device.flags)
 }
 
 #[inline(always)]
@@ -120,7 +124,7 @@ pub(super) fn repair<A: Wire, P: Packet, K: Tables<A>>(
         return Verdict::Leave.raw();
     };
     restore(kernel, &entry);
-    done(onward(packet, headers, entry.get())).raw()
+    onward(packet, headers, entry.get()).raw()
 }
 
 /// Makes the first entry again from the forward one.
@@ -141,7 +145,7 @@ fn search<'k, A: Addr, K: Tables<A>>(
     key: &FlowKey<A>,
     frontend: &Frontend,
 ) -> Option<FlowRef<'k, A>> {
-    let inside = is_inside(kernel);
+    let inside = device_flags(kernel) & Device::POD != 0;
     if frontend.affinity != 0
         && let Some(slot) = affinity::slot_again(kernel, key, frontend, inside)
         && let Some(entry) = forward(kernel, key, slot, true)

@@ -5,7 +5,7 @@
 //! It is put in and taken out at the client's own device, where the destination is translated too, so that the
 //! address, which routing and policies look at, stays what it is.
 
-use super::ingress::{begins_here, done, onward};
+use super::ingress::{begins_here, onward};
 use super::parse::{Headers, Kind, Wire};
 use super::ports::Ports;
 use super::{FlowRef, Outcome, Packet, Put, PutError, Reason, Tables, Verdict};
@@ -142,7 +142,7 @@ pub(super) fn straight<A: Wire, P: Packet, K: Tables<A>>(
         let flow = entry.get();
         if flow.state & Flow::<A>::CLOSING == 0 || !headers.starts_flow() {
             entry.seen(kernel.now(), headers.state() | Flow::<A>::SEEN);
-            return done(onward(packet, headers, flow)).raw();
+            return onward(packet, headers, flow).raw();
         }
         forget(kernel, flow);
     }
@@ -166,7 +166,7 @@ pub(super) fn straight<A: Wire, P: Packet, K: Tables<A>>(
     if entered != Verdict::Pass.raw() {
         return entered;
     }
-    done(onward(packet, headers, draft.get())).raw()
+    onward(packet, headers, draft.get()).raw()
 }
 
 /// Removes all entries of a flow. What another flow has taken over stays.

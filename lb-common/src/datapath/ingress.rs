@@ -29,7 +29,7 @@ fn whole<A: Wire, P: Packet, K: Tables<A>>(packet: &mut P, kernel: &K, headers: 
     }
     if let Some(entry) = kernel.flow(&headers.key) {
         match known(kernel, headers, &entry) {
-            Known::Translate => return done(onward(packet, headers, entry.get())),
+            Known::Translate => return onward(packet, headers, entry.get()),
             Known::Untouched => return Verdict::Pass,
             Known::Held => return Verdict::Drop(Reason::HandedOver),
             Known::Straight => match straight(packet, kernel, headers, entry.get()) {
@@ -125,11 +125,15 @@ fn known<A: Addr, K: Tables<A>>(kernel: &K, headers: &Headers<A>, entry: &FlowRe
 
 /// Sends a packet on to where its flow goes, with the client's port that the flow has there.
 #[inline(always)]
-pub(super) fn onward<A: Wire, P: Packet>(
-    packet: &mut P,
-    headers: &Headers<A>,
-    flow: &Flow<A>,
-) -> Result<(), Reason> {
+pub(super) fn onward<A: Wire, P: Packet>(packet: &mut P, headers: &Headers<A>, flow: &Flow<A>) -> Verdict {
+    match translate(packet, headers, flow) {
+        Ok(()) if flow.flags & Flow::<A>::BRIDGED != 0 => Verdict::Bridge,
+        translated => done(translated),
+    }
+}
+
+#[inline(always)]
+fn translate<A: Wire, P: Packet>(packet: &mut P, headers: &Headers<A>, flow: &Flow<A>) -> Result<(), Reason> {
     if flow.side == Side::Back as u8 {
         // An echo's identifier is the source port of the request and the destination port of the reply.
         return rewrite(packet, headers, End::Destination, flow.client, flow.alias_port);

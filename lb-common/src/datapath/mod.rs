@@ -42,6 +42,8 @@ pub enum Verdict {
     Pass,
     /// Nothing that is known here: if another version's program is behind, it may know more.
     Leave,
+    /// The same, and to a backend that may be behind the bridge that the packet was sent to: if so, the bridge can carry it.
+    Bridge,
     /// Gone, and counted under this reason.
     Drop(Reason),
     /// Answered with a TCP reset or an ICMP port unreachable, which replaces it and leaves where it came in.
@@ -61,6 +63,7 @@ impl Verdict {
         match self {
             Self::Pass => 0,
             Self::Leave => 0x800,
+            Self::Bridge => 0x300,
             Self::Drop(reason) => 0x100 | reason as u32,
             Self::Reject(reason) => 0x200 | reason as u32,
         }
@@ -74,6 +77,7 @@ impl Verdict {
             0x100 => Self::Drop(reason),
             0x200 => Self::Reject(reason),
             _ if raw == Self::Leave.raw() => Self::Leave,
+            0x300 => Self::Bridge,
             _ => Self::Pass,
         }
     }

@@ -27,6 +27,8 @@ pub(crate) enum Hook {
 pub(crate) enum Action {
     /// `TC_ACT_UNSPEC`
     Pass,
+    /// The same, once the bridge has been asked.
+    Bridge,
     /// `TC_ACT_SHOT`
     Drop,
     /// `TC_ACT_REDIRECT`, back to where it came from.
@@ -59,6 +61,7 @@ pub(crate) struct Family<A: 'static> {
     /// `loadBalancerSourceRanges`: Service, address, prefix length.
     pub(crate) sources: Vec<(u32, A, u8)>,
     pub(crate) cluster_ips: Range<A>,
+
     /// New flows, one after the other.
     begun: RefCell<Vec<&'static FlowKey<A>>>,
     fragments: RefCell<HashMap<FragmentKey<A>, &'static Fragment>>,
@@ -228,6 +231,7 @@ impl World {
                     .as_ref()
                     .map_or(Action::Pass, |behind| behind.run(self.ifindex.get(), hook, frame))
             }
+            Verdict::Bridge => Action::Bridge,
             Verdict::Drop(reason) => {
                 self.count(reason);
                 Action::Drop

@@ -2,6 +2,7 @@
 
 mod affinity;
 mod api;
+mod bridged;
 mod churn;
 mod cni;
 mod collide;
