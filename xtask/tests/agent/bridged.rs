@@ -52,14 +52,10 @@ fn arrive_with(cluster: &Cluster, [v4, v6]: [u8; 2]) -> Result<()> {
 #[test]
 fn the_bridge_carries_what_netfilter_sees_either_way() -> Result<()> {
     let mut cluster = cluster("bridged")?;
-    // A device that comes makes the agent look; it would anyway in half a minute.
-    let eventually_with = |cluster: &Cluster, limits| -> Result<()> {
-        cluster.lab().add_pod(0)?;
-        eventually(SOON, || arrive_with(cluster, limits))
-    };
     for (v4, v6) in [(true, true), (false, false), (true, false), (false, true)] {
         netfilter(cluster.lab().node(0), v4, v6)?;
-        eventually_with(&cluster, [v4, v6].map(|on| if on { BRIDGED } else { ROUTED }))?;
+        let limits = [v4, v6].map(|on| if on { BRIDGED } else { ROUTED });
+        eventually(SOON, || arrive_with(&cluster, limits))?;
     }
     netfilter(cluster.lab().node(0), false, false)?;
     cluster.restart_agent(0, &["--bridge-shortcut=on"])?;
@@ -81,7 +77,6 @@ fn connections_survive_a_change_of_the_way() -> Result<()> {
     let cluster = cluster("bridged-live")?;
     let node = cluster.lab().node(0);
     netfilter(node, true, true)?;
-    cluster.lab().add_pod(0)?;
     eventually(SOON, || arrive_with(&cluster, [BRIDGED; 2]))?;
     let mut talks: Vec<Lines> = Vec::new();
     for at in [web(), web(), web(), web()].concat() {

@@ -94,8 +94,10 @@ fn bridge_tables(cluster: &Cluster, on: bool) -> Result<()> {
 
 /// The web service admits one pod, which may talk to nobody else; the store admits a client from outside and a pod.
 fn policies(name: &str, bridged: bool) -> Result<()> {
-    let cluster = cluster(name)?;
+    let mut cluster = cluster(name)?;
     bridge_tables(&cluster, bridged)?;
+    // They would notice within a second.
+    [0, 1].into_iter().try_for_each(|node| cluster.restart_agent(node, &[]))?;
     let lab = cluster.lab();
     unlimited_errors(lab)?;
     let (admitted, other, third) = (lab.pod(0, 2), lab.add_pod(0)?, lab.pod(1, 1));
