@@ -95,9 +95,9 @@ fn a_cluster_is_made_in_this_order() -> Result<()> {
         ("kubectl --kubeconfig /tmp/kubeconfig-try -n kube-system rollout status daemonset/lb-agent", &[]),
         ("kubectl --kubeconfig /tmp/kubeconfig-try -n kube-system rollout status deployment/coredns", &[]),
         ("kubectl --kubeconfig /tmp/kubeconfig-try apply -f", &["manifests/sample.yaml"]),
-        ("kubectl --kubeconfig /tmp/kubeconfig-try -n lb-sample rollout status deployment/web", &[]),
-        ("kubectl --kubeconfig /tmp/kubeconfig-try -n lb-sample rollout status daemonset/client", &[]),
-        ("kubectl --kubeconfig /tmp/kubeconfig-try -n lb-sample rollout status daemonset/host", &[]),
+        ("kubectl --kubeconfig /tmp/kubeconfig-try -n default rollout status deployment/web", &[]),
+        ("kubectl --kubeconfig /tmp/kubeconfig-try -n default rollout status daemonset/client", &[]),
+        ("kubectl --kubeconfig /tmp/kubeconfig-try -n default rollout status daemonset/host", &[]),
     ] {
         let line = lines.next().unwrap_or_default();
         ensure!(line.starts_with(start), "{start} was not asked, but {line}\n{asked}");

@@ -8,7 +8,7 @@ use std::collections::BTreeSet;
 use std::net::{IpAddr, SocketAddr};
 use std::time::{Duration, Instant};
 
-pub(super) const NAMESPACE: &str = "lb-sample";
+pub(super) const NAMESPACE: &str = "default";
 /// What `manifests/sample.yaml` has, to be waited for.
 pub(super) const WORKLOADS: [(&str, &str); 3] =
     [(NAMESPACE, "deployment/web"), (NAMESPACE, "daemonset/client"), (NAMESPACE, "daemonset/host")];
