@@ -17,6 +17,7 @@ use crate::kernel::pins::DEFAULT_BPFFS;
 use crate::kernel::{node_mounts, remove};
 use anyhow::{Context as _, Result};
 use conf_dir::{Added, ConfDir};
+use lb_attach::records::Records;
 use plugin::Plugin;
 use std::path::Path;
 use std::time::Duration;
@@ -94,6 +95,7 @@ pub fn cleanup(args: &CleanupArgs) -> Result<()> {
         info!("removed {}", dir.join(conflist::PLUGIN).display());
     }
     node_mounts::on_node(|| {
+        Records::at(&args.state_dir).remove_all()?;
         if let Some(cgroup) = cgroup {
             node_mounts::hide(cgroup)?;
         }
@@ -101,7 +103,7 @@ pub fn cleanup(args: &CleanupArgs) -> Result<()> {
         if bpffs != Path::new(DEFAULT_BPFFS) && is_empty(bpffs) {
             node_mounts::hide(bpffs)?;
         }
-        Ok(())
+        node_mounts::remove_if_empty(&args.state_dir)
     })?;
     info!("nothing of the agent is left on this node");
     Ok(())

@@ -96,6 +96,19 @@ impl Records {
         write().with_context(|| format!("write the record {}", path.display()))
     }
 
+    /// Removes them all.
+    ///
+    /// # Errors
+    /// If they cannot be removed.
+    pub fn remove_all(&self) -> Result<()> {
+        match fs::remove_dir_all(&self.dir) {
+            Err(error) if error.kind() != ErrorKind::NotFound => {
+                Err(error).with_context(|| format!("remove the records in {}", self.dir.display()))
+            }
+            _ => Ok(()),
+        }
+    }
+
     /// Removes a record, which need not be there.
     ///
     /// # Errors

@@ -2,6 +2,7 @@
 
 use crate::kernel::pins::DEFAULT_BPFFS;
 use clap::Args;
+use lb_attach::records::DEFAULT_STATE_DIR;
 use std::convert::Infallible;
 use std::path::{Path, PathBuf};
 use std::str::FromStr;
@@ -72,6 +73,10 @@ pub struct CleanupArgs {
     /// The BPF file system that the agent was given; unmounted if nothing else is in it (but for /sys/fs/bpf)
     #[arg(long, value_name = "DIR", env = "LB_BPFFS", default_value = DEFAULT_BPFFS)]
     pub bpffs: PathBuf,
+
+    /// Where the plugin has written down pods (its `stateDir`)
+    #[arg(long, value_name = "DIR", env = "LB_STATE_DIR", default_value = DEFAULT_STATE_DIR)]
+    pub state_dir: PathBuf,
 
     /// Where `install` made the node's own cgroup visible; unmounted
     #[arg(long, value_name = "DIR", env = "LB_CGROUP")]

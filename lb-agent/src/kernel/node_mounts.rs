@@ -177,7 +177,7 @@ pub fn show_cgroup(dir: &Path) -> Result<()> {
     if is(&spare, CGROUP2_SUPER_MAGIC) {
         unmount(&spare)?;
     }
-    remove_dir(&spare)
+    remove_if_empty(&spare)
 }
 
 /// Unmounts whatever is at a directory.
@@ -198,11 +198,15 @@ fn unmount(dir: &Path) -> Result<()> {
 /// If the kernel refuses.
 pub fn hide(dir: &Path) -> Result<()> {
     unmount(dir)?;
-    remove_dir(dir)?;
-    dir.parent().map_or(Ok(()), remove_dir)
+    remove_if_empty(dir)?;
+    dir.parent().map_or(Ok(()), remove_if_empty)
 }
 
-fn remove_dir(dir: &Path) -> Result<()> {
+/// Removes a directory that nothing is in.
+///
+/// # Errors
+/// If the kernel refuses for another reason than that something is.
+pub fn remove_if_empty(dir: &Path) -> Result<()> {
     use io::ErrorKind::{DirectoryNotEmpty, NotFound, ResourceBusy};
     match fs::remove_dir(dir) {
         Err(error) if !matches!(error.kind(), NotFound | DirectoryNotEmpty | ResourceBusy) => {

@@ -217,6 +217,9 @@ fn a_node_that_is_a_container_gets_all_and_is_rid_of_all() -> Result<()> {
         })?;
         agent.stop()?;
 
+        // As the plugin writes down pods.
+        fs::create_dir(node.path("/run/lb-agent/pods"))?;
+        fs::write(node.path("/run/lb-agent/pods/c1:eth0.json"), "{}")?;
         for _ in 0..2 {
             succeeds(node.in_pod(&["cleanup", "--grace=100ms"], &dirs)?)?;
             ensure!(dirs.plugins()? == ["bridge", "portmap"], "{:?}", dirs.plugins()?);
