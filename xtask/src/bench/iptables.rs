@@ -236,26 +236,4 @@ COMMIT
 ";
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-    use crate::bench::load::Transport;
-    use crate::bench::services::{Kind, Where};
-
-    #[test]
-    fn endpoints_are_chosen_evenly_and_chains_are_declared() {
-        let kind = Kind { at: Where::Here, transport: Transport::Udp };
-        for family in IpFamily::ALL {
-            let text = rules(&Cluster::new(family, 2, &[kind]), 0);
-            // 1/10, then 1/9 of the rest, … : 0.1 each; the last takes what is left.
-            assert_eq!(text.matches("--probability 0.1000000000 ").count(), 2);
-            assert_eq!(text.matches("--probability 0.5000000000 ").count(), 2);
-            assert_eq!(text.matches("-j DNAT").count(), 20);
-            assert_eq!(text.matches("-p udp -j DNAT").count(), 10);
-            assert_eq!(text.matches("-A KUBE-NODEPORTS").count(), 1);
-            for line in text.lines().filter(|l| l.starts_with("-A KUBE-") || l.starts_with("-A FLANNEL")) {
-                let chain = line.split(' ').nth(1).unwrap();
-                assert!(text.contains(&format!("\n:{chain} - ")), "{chain} is not declared");
-            }
-        }
-    }
-}
+mod tests;

@@ -10,6 +10,7 @@ use super::Mode;
 use super::kube_proxy::Running;
 use super::tools::Tools;
 use crate::agent::Agent;
+use crate::bench::family::IpFamily;
 use crate::bench::services::{Cluster, Service};
 use crate::bench::{iptables, nftables};
 use crate::lab::{ApiServer, Host, Lab};
@@ -144,8 +145,10 @@ impl Proxy {
 fn api(lab: &Lab, cluster: &Cluster) -> Result<ApiServer> {
     let server = ApiServer::start(lab.wire())?;
     for (number, node) in [lab.node(0), lab.node(1)].into_iter().enumerate() {
-        let addresses: Vec<_> =
-            node.ips().into_iter().map(|ip| json!({"type": "InternalIP", "address": ip})).collect();
+        // The cluster's family first: that of the first address is kube-proxy's own.
+        let mut ips = node.ips();
+        ips.sort_by_key(|&ip| IpFamily::of(ip) != cluster.family);
+        let addresses: Vec<_> = ips.map(|ip| json!({"type": "InternalIP", "address": ip})).into();
         let (net, prefix) = cluster.family.pod_cidr(number);
         server.api().apply(json!({
             "apiVersion": "v1", "kind": "Node", "metadata": {"name": node.name()},
