@@ -14,7 +14,7 @@ pub mod plugin;
 
 use crate::cli::{CleanupArgs, InstallArgs};
 use crate::kernel::pins::DEFAULT_BPFFS;
-use crate::kernel::{node_mounts, remove};
+use crate::kernel::{leave, node_mounts, remove};
 use anyhow::{Context as _, Result};
 use conf_dir::{Added, ConfDir};
 use lb_attach::records::Records;
@@ -88,7 +88,10 @@ pub fn cleanup(args: &CleanupArgs) -> Result<()> {
             std::thread::sleep(args.grace);
         }
     }
-    node_mounts::on_node(|| remove::everything(bpffs))?;
+    node_mounts::on_node(|| {
+        leave::leave(bpffs, args.drain)?;
+        remove::everything(bpffs)
+    })?;
     if let Some(dir) = args.cni_bin_dir.get().filter(|_| !args.keep_plugin)
         && plugin::remove(dir)?
     {

@@ -25,6 +25,7 @@ use anyhow::{Context as _, Result, anyhow};
 use ipnet::IpNet;
 use lb_attach::attach::Attacher;
 use lb_common::datapath::Reason;
+use lb_common::maps::stance;
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use std::fs::File;
 use std::path::PathBuf;
@@ -60,7 +61,10 @@ pub async fn run(args: RunArgs) -> Result<()> {
     if args.log_packets {
         follow_packet_log(&mut ebpf)?;
     }
-    ports::reserve(&mut Tables::open(&pins)?)?;
+    let mut tables = Tables::open(&pins)?;
+    ports::reserve(&mut tables)?;
+    // A cleanup may have begun, and not ended.
+    tables.stance.set(0, stance::SERVE, 0).context("serve what begins")?;
     let (exempt, config_file) = no_masquerade(&args);
     let mut writer = MapWriter::new(Tables::open(&pins)?, args.cluster_cidr.0.clone(), exempt);
     if args.socket_lb != SocketLb::Off

@@ -553,11 +553,13 @@ pub mod cidr {
 pub mod stance {
     /// They are ours.
     pub const SERVE: u32 = 0;
-    /// They are left to whoever comes next: another version's programs behind ours, or kube-proxy's rules.
+    /// They are left to another version's programs behind ours.
     pub const LEAVE: u32 = 1;
     /// TCP connections that begin are ours, all others are left. (Whether a datagram begins a flow, only he can tell who
     /// has the others.)
     pub const BEGIN: u32 = 2;
+    /// They are left to the host, to kube-proxy's rules say; which may not take the ports of those that we still have.
+    pub const DRAIN: u32 = 3;
 }
 
 /// In `__sk_buff::cb[0]`, from a version's program to another version's behind it: the packet has been seen to.

@@ -7,7 +7,7 @@ use netlink_packet_core::{NLM_F_ACK, NLM_F_DUMP};
 use netlink_packet_route::address::{AddressAttribute, AddressMessage, AddressScope};
 use netlink_packet_route::link::{LinkAttribute, LinkFlags, LinkInfo, LinkLayerType, LinkMessage};
 use netlink_packet_route::nsid::{NsidAttribute, NsidMessage};
-use netlink_packet_route::route::{RouteAttribute, RouteMessage};
+use netlink_packet_route::route::{RouteAddress, RouteAttribute, RouteMessage};
 use netlink_packet_route::{AddressFamily, RouteNetlinkMessage};
 use netlink_sys::protocols::NETLINK_ROUTE;
 use std::fs::File;
@@ -197,6 +197,35 @@ pub fn namespace_id(netns: &File) -> Result<Option<i32>> {
         })
         .context("ask for the id of a network namespace")?;
     Ok(id.filter(|id| *id >= 0))
+}
+
+/// The address that the calling thread's network namespace sends from to another one, unless told otherwise; nothing if
+/// there is no way.
+///
+/// # Errors
+/// If netlink fails.
+pub fn source(to: IpAddr) -> Result<Option<IpAddr>> {
+    let mut question = RouteMessage::default();
+    (question.header.address_family, question.header.destination_prefix_length) = match to {
+        IpAddr::V4(_) => (AddressFamily::Inet, 32),
+        IpAddr::V6(_) => (AddressFamily::Inet6, 128),
+    };
+    question.attributes.push(RouteAttribute::Destination(to.into()));
+    let netlink = Netlink::open(NETLINK_ROUTE).context("open a netlink socket")?;
+    let mut source = None;
+    let result = netlink.ask(NLM_F_ACK, RouteNetlinkMessage::GetRoute(question), |answer| {
+        if let RouteNetlinkMessage::NewRoute(route) = answer {
+            source = route.attributes.iter().find_map(|attribute| match attribute {
+                RouteAttribute::PrefSource(RouteAddress::Inet(ip)) => Some(IpAddr::V4(*ip)),
+                RouteAttribute::PrefSource(RouteAddress::Inet6(ip)) => Some(IpAddr::V6(*ip)),
+                _ => None,
+            });
+        }
+    });
+    match result {
+        Err(error) if error.kind() == io::ErrorKind::NetworkUnreachable => Ok(None),
+        result => result.map(|()| source).with_context(|| format!("ask for the route to {to}")),
+    }
 }
 
 fn list<T>(

@@ -70,6 +70,12 @@ pub struct CleanupArgs {
     #[arg(long, value_name = "TIME", env = "LB_GRACE", default_value = "5s", value_parser = super::go_duration)]
     pub grace: Duration,
 
+    /// Wait so long at most for connections to end while new ones are left to the host (to kube-proxy, say). Those that are
+    /// left then are handed over to netfilter, and go on
+    #[arg(long, value_name = "TIME", env = "LB_DRAIN", default_value = "0s", num_args = 0..=1, require_equals = true,
+          default_missing_value = "5m", value_parser = super::go_duration)]
+    pub drain: Duration,
+
     /// The BPF file system that the agent was given; unmounted if nothing else is in it (but for /sys/fs/bpf)
     #[arg(long, value_name = "DIR", env = "LB_BPFFS", default_value = DEFAULT_BPFFS)]
     pub bpffs: PathBuf,

@@ -1,11 +1,11 @@
 //! `lbctl flows`: what `conntrack -L` is asked for.
 
 use super::{Tuple, service_names};
-use crate::kernel::sweep::{Seen, monotonic_seconds};
+use crate::kernel::flows::{self, Whole};
+use crate::kernel::sweep::monotonic_seconds;
 use crate::kernel::tables::{Family, NodeAddr, Tables, socket_addr};
 use crate::model::ServicePort;
 use anyhow::Result;
-use lb_common::addr::NetPort;
 use lb_common::maps::{Flow as Value, Side};
 use serde::Serialize;
 use std::collections::HashMap;
@@ -40,49 +40,13 @@ pub fn flows(tables: &Tables) -> Result<Vec<Flow>> {
     Ok(all)
 }
 
-/// What all entries of a flow have in common.
-type Origin<A> = (A, NetPort, A, NetPort, u8);
-
-/// What was found of a flow so far.
-struct Found<A> {
-    /// The entry that knows most.
-    entry: Value<A>,
-    seen: Seen,
-    last_seen: u32,
-}
-
-/// One way through the table, in which a flow's entries are met in any order.
 fn family<A: NodeAddr>(family: &Family<A>, names: &HashMap<u32, ServicePort>) -> Result<Vec<Flow>> {
     let now = monotonic_seconds();
-    let mut all: HashMap<Origin<A>, Found<A>> = HashMap::new();
-    family.for_each_flow(|_, entry| {
-        let origin = (entry.client, entry.client_port, entry.vip, entry.vip_port, entry.proto);
-        let found = all.entry(origin).or_insert_with(|| Found {
-            entry: *entry,
-            seen: Seen::default(),
-            last_seen: entry.last_seen,
-        });
-        found.seen.add(entry.side, entry.state);
-        found.last_seen = found.last_seen.max(entry.last_seen);
-        if knows(entry.side) > knows(found.entry.side) {
-            found.entry = *entry;
-        }
-        Ok(())
-    })?;
-    Ok(all.values().map(|found| show(found, now, names)).collect())
+    Ok(flows::all(family)?.iter().map(|whole| show(whole, now, names)).collect())
 }
 
-/// How much an entry can know: the first two are there before a port to masquerade to is taken.
-fn knows(side: u8) -> u8 {
-    match Side::from_raw(side) {
-        Some(Side::Forward) => 2,
-        Some(Side::Back) => 1,
-        _ => 0,
-    }
-}
-
-fn show<A: NodeAddr>(found: &Found<A>, now: u32, names: &HashMap<u32, ServicePort>) -> Flow {
-    let flow = &found.entry;
+fn show<A: NodeAddr>(whole: &Whole<A>, now: u32, names: &HashMap<u32, ServicePort>) -> Flow {
+    let flow = &whole.entry;
     let masqueraded = flow.flags & Value::<A>::MASQ_DONE != 0;
     let client = socket_addr(flow.client, flow.client_port).to_string();
     let translated = if masqueraded { (flow.masq, flow.masq_port) } else { (flow.client, flow.alias_port) };
@@ -98,9 +62,9 @@ fn show<A: NodeAddr>(found: &Found<A>, now: u32, names: &HashMap<u32, ServicePor
         }),
         state: match Side::from_raw(flow.side) {
             Some(Side::Foreign) => "FOREIGN",
-            _ => found.seen.state(flow.proto),
+            _ => whole.seen.state(flow.proto),
         },
-        idle: now.saturating_sub(found.last_seen),
+        idle: now.saturating_sub(whole.last_seen),
     }
 }
 
@@ -119,7 +83,7 @@ pub(super) fn protocol(number: u8) -> String {
 mod tests {
     use super::*;
     use crate::kernel::testing::Bpffs;
-    use lb_common::addr::{Ip4, Ip6};
+    use lb_common::addr::{Ip4, Ip6, NetPort};
 
     const SEEN: u8 = Value::<Ip4>::SEEN;
     const FIN: u8 = Value::<Ip4>::FIN;

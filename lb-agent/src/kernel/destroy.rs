@@ -10,9 +10,10 @@ mod tests;
 
 use super::diag::{self, Diag};
 use super::pins::Pins;
+use super::sockets;
 use super::tables::Tables;
 use anyhow::{Context as _, Result};
-use aya::maps::{Array, HashMap, Map, MapData};
+use aya::maps::{Array, HashMap, MapData};
 use lb_common::addr::{Ip6, NetPort};
 use lb_common::maps::{SocketKey, SocketPeer};
 use std::io;
@@ -76,14 +77,7 @@ fn probe(diag: &Diag) -> io::Result<()> {
 
 impl Destroyer {
     fn open(pins: &Pins, diag: Diag) -> Result<Self> {
-        let pin = pins.map("LB_SOCKET");
-        let map =
-            MapData::from_pin(&pin).with_context(|| format!("open the pinned map {}", pin.display()))?;
-        Ok(Self {
-            diag,
-            sockets: HashMap::try_from(Map::LruHashMap(map)).context("the pinned map LB_SOCKET")?,
-            epochs: Tables::open(pins)?.epochs,
-        })
+        Ok(Self { diag, sockets: sockets::peers(pins)?, epochs: Tables::open(pins)?.epochs })
     }
 
     fn run(&self, nudged: &Receiver<()>) {

@@ -11,7 +11,7 @@
 
 mod beside;
 mod guard;
-mod sockets;
+pub(super) mod sockets;
 #[cfg(test)]
 mod tests;
 

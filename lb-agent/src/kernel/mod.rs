@@ -4,6 +4,7 @@
 //!   netlink, and has [`lb_attach`] put programs on them. - [`sockets`]: puts programs on the cgroup.
 //! - [`tables`]: the maps, typed.
 //! - [`writer`]: writes what [`crate::desired`] wants. - [`sweep`]: ends flows that have timed out.
+//! - [`leave`]: goes without cutting connections.
 //! - [`destroy`]: ends connected UDP sockets whose backend is gone. - [`foreign`]: leaves to netfilter what it translated
 //!   before we came. - [`netfilter`]: its connections and rules. - [`node_mounts`]: file systems, from inside a container
 //!   too. - [`remove`]: takes it all away.
@@ -11,7 +12,9 @@
 pub mod destroy;
 pub mod devices;
 mod diag;
+pub(crate) mod flows;
 pub mod foreign;
+pub mod leave;
 pub mod netfilter;
 pub mod node_mounts;
 pub mod ports;

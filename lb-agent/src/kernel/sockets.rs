@@ -5,43 +5,60 @@ use super::tables::Tables;
 use crate::cli::{RunArgs, SocketLb};
 use anyhow::{Context as _, Result, anyhow};
 use aya::Ebpf;
+use aya::maps::{HashMap, Map, MapData};
 use aya::programs::links::FdLink;
 use aya::programs::{CgroupAttachMode, CgroupSockAddr};
 use lb_attach::syscall;
+use lb_common::maps::{SocketKey, SocketPeer};
 use std::fs::{self, File};
 use std::net::UdpSocket;
 use std::os::fd::{AsFd as _, AsRawFd as _};
+use std::path::PathBuf;
 
-/// The programs, by the names of their hooks.
-const HOOKS: [&str; 8] =
-    ["connect4", "connect6", "sendmsg4", "sendmsg6", "recvmsg4", "recvmsg6", "getpeername4", "getpeername6"];
+/// The programs, by the names of their hooks: those that send on to backends.
+pub(super) const SENDING: [&str; 4] = ["connect4", "connect6", "sendmsg4", "sendmsg6"];
+/// Those that say where it was sent to.
+pub(super) const ANSWERING: [&str; 4] = ["recvmsg4", "recvmsg6", "getpeername4", "getpeername6"];
+
+fn pin(pins: &Pins, hook: &str) -> PathBuf {
+    pins.link(&format!("cgroup-{hook}"))
+}
+
+/// What the hooks know of sockets.
+pub(super) fn peers(pins: &Pins) -> Result<HashMap<MapData, SocketKey, SocketPeer>> {
+    let pin = pins.map("LB_SOCKET");
+    let map = MapData::from_pin(&pin).with_context(|| format!("open the pinned map {}", pin.display()))?;
+    HashMap::try_from(Map::LruHashMap(map)).context("the pinned map LB_SOCKET")
+}
+
+/// Takes a hook off; it need not be there.
+pub(super) fn take_off(pins: &Pins, hook: &str) -> Result<()> {
+    match fs::remove_file(pin(pins, hook)) {
+        Err(e) if e.kind() != std::io::ErrorKind::NotFound => {
+            Err(e).with_context(|| format!("take off the {hook} hook"))
+        }
+        _ => Ok(()),
+    }
+}
 
 /// Attaches the hooks to the node's cgroup root, or takes them off with `--socket-lb=off`.
 ///
 /// # Errors
 /// If there is no cgroup2 hierarchy, or the kernel refuses.
 pub fn attach(ebpf: &mut Ebpf, pins: &Pins, args: &RunArgs) -> Result<()> {
-    let pin = |hook: &str| pins.link(&format!("cgroup-{hook}"));
+    let hooks = || SENDING.iter().chain(&ANSWERING).copied();
     if args.socket_lb == SocketLb::Off {
-        for hook in HOOKS {
-            match fs::remove_file(pin(hook)) {
-                Err(e) if e.kind() != std::io::ErrorKind::NotFound => {
-                    return Err(e).with_context(|| format!("take off the {hook} hook"));
-                }
-                _ => {}
-            }
-        }
-        return Ok(());
+        return hooks().try_for_each(|hook| take_off(pins, hook));
     }
     let root = args.cgroup_root().map_err(|e| anyhow!(e))?;
     let cgroup = File::open(&root).with_context(|| format!("open the cgroup {}", root.display()))?;
-    for hook in HOOKS {
+    for hook in hooks() {
         let program: &mut CgroupSockAddr = ebpf
             .program_mut(hook)
             .with_context(|| format!("the object has no program {hook}"))?
             .try_into()?;
         program.load().with_context(|| format!("load the socket hook {hook}"))?;
-        let pin = pin(hook);
+        let pin = pin(pins, hook);
         if pin.exists() {
             let program = program.fd()?;
             match syscall::obj_get(&pin).and_then(|link| syscall::link_update(link.as_fd(), program)) {

@@ -161,7 +161,7 @@ impl Sweeper {
     }
 
     /// Looks at the counters, and sweeps if it is time, or there is no room.
-    fn look(&mut self) -> Result<()> {
+    pub(super) fn look(&mut self) -> Result<()> {
         let start = Instant::now();
         let counted = Counted::read(&self.tables)?;
         let refused = counted.refused > self.counted.refused;

@@ -57,6 +57,8 @@ pub struct Tables {
     pub names: HashMap<MapData, u32, ServiceName>,
     /// See [`super::sockets::learn_netns`].
     pub netns: Array<MapData, u64>,
+    /// One of [`lb_common::maps::stance`].
+    pub stance: Array<MapData, u32>,
 }
 
 impl Tables {
@@ -76,6 +78,7 @@ impl Tables {
             counters: PerCpuArray::try_from(Map::PerCpuArray(open(pins, "LB_COUNT")?))?,
             names: hash(pins, "LB_NAME")?,
             netns: Array::try_from(Map::Array(open(pins, "LB_NETNS")?))?,
+            stance: Array::try_from(Map::Array(open(pins, "LB_STANCE")?))?,
         })
     }
 

@@ -5,7 +5,7 @@ use super::parse::{Headers, Kind, NotOurs, Wire, parse};
 use super::rewrite::{End, new_port, rewrite};
 use super::{FlowRef, Packet, Put, Reason, Tables, Verdict, fragments, icmp_error};
 use super::{masquerade, masqueraded};
-use crate::maps::{Addr, Flow, Side};
+use crate::maps::{Addr, Flow, Side, stance};
 
 /// A packet leaves by a device.
 #[inline(always)]
@@ -42,10 +42,14 @@ fn whole<A: Wire, P: Packet, K: Tables<A>>(packet: &mut P, kernel: &K, headers: 
                 None => return Verdict::Pass,
             },
             UNKNOWN => {
-                if !begins_here(kernel, headers) {
+                let new = if begins_here(kernel, headers) {
+                    masquerade::new_flow(packet, kernel, headers)
+                } else if kernel.stance() == stance::DRAIN {
+                    masquerade::NOT_WANTED
+                } else {
                     return Verdict::Leave;
-                }
-                return Verdict::from_raw(match masquerade::new_flow(packet, kernel, headers) {
+                };
+                return Verdict::from_raw(match new {
                     masquerade::NOT_WANTED => masqueraded::keep_port(packet, kernel, headers),
                     outcome => outcome,
                 });

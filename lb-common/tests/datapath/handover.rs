@@ -111,7 +111,7 @@ fn new_flows_are_left_to_the_host_while_those_that_there_are_go_on() {
                 let mut world = node();
                 let mut talk = Talk::new(&path, l4, false);
                 begin(&mut talk, &mut world);
-                world.stance.set(stance::LEAVE);
+                world.stance.set(stance::DRAIN);
                 go_on(&mut talk, &mut world, "left");
                 if l4 == L4::EchoRequest {
                     continue;
@@ -128,7 +128,7 @@ fn new_flows_are_left_to_the_host_while_those_that_there_are_go_on() {
         let address =
             Frontend { flags: Frontend::ADDRESS | Frontend::REJECT_OTHER_PORTS, ..Default::default() };
         world.frontend(0, sock(n.vip, 0), address);
-        world.stance.set(stance::LEAVE);
+        world.stance.set(stance::DRAIN);
         let to = sock(n.vip, 12345);
         assert!(pass(&world, CLIENT, Hook::Ingress, sock(n.pod, 1), to, L4::Tcp(SYN)).is_some());
     }

@@ -6,7 +6,7 @@ use crate::support::cluster::{BOTH, CLIENT, Net, OVERLAY, UPLINK, cluster, serve
 use crate::support::world::{Fam, Hook, World};
 use lb_common::addr::{Ip4, Ip6, NetPort};
 use lb_common::datapath::Reason;
-use lb_common::maps::FlowKey;
+use lb_common::maps::{FlowKey, stance};
 use std::net::SocketAddr;
 
 const FIRST: [L4; 2] = [L4::Tcp(SYN), L4::Udp];
@@ -35,11 +35,14 @@ fn entries(world: &World, v6: bool) -> usize {
 
 #[test]
 fn a_port_of_ours_that_another_takes_too_becomes_a_different_one() {
-    for (v6, l4) in BOTH.into_iter().flat_map(|v6| FIRST.map(|l4| (v6, l4))) {
+    let stances = [stance::SERVE, stance::DRAIN];
+    let all = BOTH.into_iter().flat_map(|v6| FIRST.map(|l4| (v6, l4)));
+    for (at, (v6, l4)) in stances.into_iter().flat_map(|at| all.clone().map(move |one| (at, one))) {
         let n = Net::of(v6);
         let world = cluster();
         let (pod, server) = (sock(n.pod, 5000), sock(n.internet, 443));
         let ours = leaves(&world, pod, server, l4).expect("it leaves");
+        world.stance.set(at);
         // Netfilter has made another pod's packet this.
         let theirs = leaves(&world, ours, server, l4).expect("it leaves");
         assert_eq!(theirs.ip(), ours.ip());

@@ -6,8 +6,9 @@
 use crate::kernel::diag::Diag;
 use crate::kernel::netfilter::conntrack::Tuple;
 use crate::kernel::pins::Pins;
+use crate::kernel::sockets::peers;
 use anyhow::{Context as _, Result};
-use aya::maps::{HashMap as BpfHashMap, Map, MapData};
+use aya::maps::{HashMap as BpfHashMap, MapData};
 use lb_attach::snapshot::Snapshot;
 use lb_common::addr::{Ip6, NetPort};
 use lb_common::maps::{SocketKey, SocketPeer};
@@ -15,7 +16,7 @@ use std::collections::{HashMap, HashSet};
 use std::net::{IpAddr, SocketAddr};
 
 /// [`SocketKey::direction`] of the entry that says where a socket's datagrams to a Service go.
-const TO_BACKEND: u8 = 1;
+pub(crate) const TO_BACKEND: u8 = 1;
 
 /// What the socket hooks know of such sockets.
 pub(super) struct Sockets {
@@ -24,14 +25,14 @@ pub(super) struct Sockets {
 }
 
 /// The sockets and addresses of the node, at the moment of a look.
-pub(super) struct Here {
+pub(crate) struct Here {
     /// Cookie and address by port.
     sockets: HashMap<u16, Vec<(u64, IpAddr)>>,
     addresses: HashSet<IpAddr>,
 }
 
 impl Here {
-    pub(super) fn now() -> Result<Self> {
+    pub(crate) fn now() -> Result<Self> {
         let mut sockets: HashMap<_, Vec<_>> = HashMap::new();
         let all = Diag::open().and_then(|diag| diag.unconnected()).context("list the node's UDP sockets")?;
         for socket in all {
@@ -42,8 +43,16 @@ impl Here {
     }
 
     /// Whether it is the node's address.
-    pub(super) fn has(&self, ip: IpAddr) -> bool {
+    pub(crate) fn has(&self, ip: IpAddr) -> bool {
         self.addresses.contains(&ip)
+    }
+
+    /// Where an unconnected socket is bound to.
+    pub(crate) fn bound(&self, cookie: u64) -> Option<SocketAddr> {
+        self.sockets.iter().find_map(|(port, all)| {
+            let (_, ip) = all.iter().find(|(c, _)| *c == cookie)?;
+            Some(SocketAddr::new(ip.to_canonical(), *port))
+        })
     }
 
     /// The unconnected socket that sends from there.
@@ -55,11 +64,7 @@ impl Here {
 
 impl Sockets {
     pub(super) fn open(pins: &Pins) -> Result<Self> {
-        let pin = pins.map("LB_SOCKET");
-        let map =
-            MapData::from_pin(&pin).with_context(|| format!("open the pinned map {}", pin.display()))?;
-        let map = BpfHashMap::try_from(Map::LruHashMap(map)).context("the pinned map LB_SOCKET")?;
-        let mut sockets = Self { map, entered: HashMap::new() };
+        let mut sockets = Self { map: peers(pins)?, entered: HashMap::new() };
         sockets.adopt()?;
         Ok(sockets)
     }

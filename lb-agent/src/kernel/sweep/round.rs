@@ -56,6 +56,11 @@ impl Round<'_> {
         let mut swept = Swept::default();
         read.for_each_flow(|key, flow| {
             swept.entries += 1;
+            if flow.side == Side::Held as u8 {
+                // Whoever held it is gone.
+                swept.removed += usize::from(family.flows.remove(key).is_ok());
+                return Ok(());
+            }
             let forward = flow.side == Side::Forward as u8;
             swept.flows += usize::from(forward);
             swept.young += usize::from(self.is_too_young(flow));

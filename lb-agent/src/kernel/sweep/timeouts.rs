@@ -116,6 +116,11 @@ impl Seen {
         }
     }
 
+    /// Whether it is a connection that both ends have closed, or one has reset.
+    pub(crate) const fn is_over(self, proto: u8) -> bool {
+        proto == TCP && (self.either(RST) || self.both(FIN))
+    }
+
     pub(super) const fn rank(self, proto: u8) -> Rank {
         if self.server & SEEN == 0 && !self.either(RST) {
             Rank::Unanswered

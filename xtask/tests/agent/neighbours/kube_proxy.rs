@@ -6,7 +6,7 @@ use std::net::SocketAddr;
 use std::time::{Duration, Instant};
 
 use anyhow::{Result, ensure};
-use xtask::demo::Cluster;
+use xtask::demo::{Cluster, vip};
 use xtask::lab::{Host, Lab};
 use xtask::probe::Ask;
 use xtask::system::{ensure_debian_packages, output};
@@ -160,4 +160,71 @@ fn its_connections_outlive_it_with_random_ports_by_iptables_nft() -> Result<()> 
 #[test]
 fn its_connections_outlive_it_in_its_nftables_mode() -> Result<()> {
     connections_outlive_it("takeover-nftables", Mode::Nftables, true)
+}
+
+/// Takes the agents off, as `manifests` do it at the end.
+fn clean_up(cluster: &mut Cluster) -> Result<String> {
+    let mut said = String::new();
+    for index in [0, 1] {
+        cluster.stop_agent(index)?;
+        let node = cluster.lab().node(index);
+        let mut command = node.command(cluster.agent_exe());
+        command.args(["cleanup", "--cni-conf-dir=", "--cni-bin-dir=", "--bpffs"]).arg(node.bpffs_dir());
+        said += &output(&mut command)?;
+        ensure!(!node.bpffs_dir().join("lb").exists(), "pins are left: {said}");
+    }
+    Ok(said)
+}
+
+/// [`talk`], and what pods send out of the cluster.
+fn talk_ours(lab: &Lab, traffic: &mut Traffic) -> Result<()> {
+    talk(lab, traffic)?;
+    let inet = lab.inet();
+    for family in [0, 1] {
+        traffic.conversation(&lab.pod(0, 0), &slowly(Ask::tcp(inet.at(8080)[family])))?;
+        traffic.conversation(&lab.pod(0, 0), &slowly(Ask::udp(inet.at(5353)[family])))?;
+        // Its endpoint is outside the cluster.
+        let db = vip("10.96.0.30", "fd00:10:96::30", 5432)[family];
+        traffic.conversation(&lab.pod(0, 1), &slowly(Ask::tcp(db)))?;
+    }
+    Ok(())
+}
+
+#[test]
+fn back_to_it_and_no_connection_ends() -> Result<()> {
+    let lab = Lab::builder("back").pods(3).build()?;
+    let mut cluster = Cluster::on(lab, agent_exe()?)?;
+    let mut traffic = Traffic::default();
+    talk_ours(cluster.lab(), &mut traffic)?;
+    std::thread::sleep(Duration::from_millis(200));
+    for node in [0, 1] {
+        Mode::Legacy.write(cluster.lab(), cluster.lab().node(node), true)?;
+    }
+    let (pod, client) = (cluster.lab().pod(0, 2), cluster.lab().client().clone());
+    for family in [0, 1] {
+        traffic.connections(&pod, web()[family]);
+        traffic.connections(&client, cluster.lab().node(0).at(30081)[family]);
+        traffic.connections(cluster.lab().node(0), store()[family]);
+    }
+    clean_up(&mut cluster)?;
+    let gone = Instant::now();
+    ensure!(Mode::Legacy.translated(cluster.lab().node(0))? > 0, "new connections are kube-proxy's");
+    std::thread::sleep(Duration::from_millis(500));
+    traffic.finish(gone + Duration::from_millis(200)).map(drop)
+}
+
+#[test]
+fn connections_outlive_us_where_nobody_comes_after() -> Result<()> {
+    let lab = Lab::builder("alone").pods(3).build()?;
+    let mut cluster = Cluster::on(lab, agent_exe()?)?;
+    let mut traffic = Traffic::default();
+    talk_ours(cluster.lab(), &mut traffic)?;
+    std::thread::sleep(Duration::from_millis(200));
+    clean_up(&mut cluster)?;
+    let gone = Instant::now();
+    let pod = cluster.lab().pod(0, 2);
+    let refused = pod.ask(&Ask::tcp(web()[0]).timeout(Duration::from_millis(300)))?;
+    ensure!(refused[0].0.is_err(), "somebody still serves: {refused:?}");
+    std::thread::sleep(Duration::from_millis(300));
+    traffic.finish(gone + Duration::from_millis(200)).map(drop)
 }
