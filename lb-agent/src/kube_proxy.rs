@@ -1,6 +1,6 @@
 //! `lb-agent cleanup --kube-proxy`: takes kube-proxy's rules away once it is stopped, and nobody else's.
 //!
-//! - [`rules`]: what of an `iptables-save` is kube-proxy's. - [`tools`]: the node's iptables programs. - [`running`]: whether
+//! - `rules`: what of an `iptables-save` is kube-proxy's. - `tools`: the node's iptables programs. - `running`: whether
 //!   it still runs.
 
 mod rules;

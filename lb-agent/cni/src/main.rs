@@ -1,8 +1,8 @@
 //! `lb-cni`, a chained CNI plugin: puts the node agent's programs on a pod's device before the pod starts, so that the
 //! pod's first packet is served, whether the agent runs or not. It makes no interfaces and changes no result.
 //!
-//! - [`env`], [`config`], [`version`]: what the runtime says, in any version of the specification. - [`pod`]: finds the
-//!   device. - [`verbs`]: what is done. - [`error`], [`log`]: what is said about it.
+//! - `env`, `config`, `version`: what the runtime says, in any version of the specification. - `pod`: finds the
+//!   device. - `verbs`: what is done. - `error`, `log`: what is said about it.
 
 mod config;
 mod env;

@@ -1,5 +1,5 @@
 //! Programs for the benchmark alone, never part of the agent: what running a program costs, the least that it can do
-//! ([`bare`]), and a fresh packet for each repetition of `BPF_PROG_TEST_RUN`, which would otherwise go on with what the last
+//! (`bare`), and a fresh packet for each repetition of `BPF_PROG_TEST_RUN`, which would otherwise go on with what the last
 //! one left.
 #![cfg_attr(target_arch = "bpf", no_std, no_main)]
 
