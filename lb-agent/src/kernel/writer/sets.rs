@@ -90,12 +90,12 @@ impl Sets {
         endpoint: &Endpoint,
         udp: bool,
     ) -> Result<()> {
-        let ip = addr::<A>(endpoint.addr.ip())?;
+        let ip = addr::<A>(endpoint.addr().ip())?;
         let (backend_id, backend_epoch) =
-            if udp { self.backend(tables, service, endpoint.addr)? } else { (0, 0) };
+            if udp { self.backend(tables, service, endpoint.addr())? } else { (0, 0) };
         let slot = Slot {
             addr: ip,
-            port: NetPort::new(endpoint.addr.port()),
+            port: NetPort::new(endpoint.addr().port()),
             flags: if endpoint.local { Slot::<A>::LOCAL } else { 0 },
             backend_id,
             backend_epoch,
@@ -103,9 +103,9 @@ impl Sets {
         };
         if let Err(error) = A::tables(tables).slots.insert(key, slot, 0) {
             if udp {
-                self.release_backend(tables, service, endpoint.addr)?;
+                self.release_backend(tables, service, endpoint.addr())?;
             }
-            return Err(error).with_context(|| format!("write the endpoint {}", endpoint.addr));
+            return Err(error).with_context(|| format!("write the endpoint {}", endpoint.addr()));
         }
         Ok(())
     }
@@ -122,7 +122,7 @@ impl Sets {
         for (index, endpoint) in (0..).zip(written) {
             gone(A::tables(tables).slots.remove(&SlotKey { set: id, index })).context("delete a slot")?;
             if udp {
-                self.release_backend(tables, service, endpoint.addr)?;
+                self.release_backend(tables, service, endpoint.addr())?;
             }
         }
         Ok(())
@@ -142,7 +142,7 @@ impl Sets {
         }
         if held.udp {
             for endpoint in held.endpoints.iter() {
-                self.release_backend(tables, held.service, endpoint.addr)?;
+                self.release_backend(tables, held.service, endpoint.addr())?;
             }
         }
         Ok(())
@@ -252,9 +252,9 @@ impl Sets {
             slots.sort_by_key(|(index, _)| *index);
             let endpoints: Arc<[Endpoint]> = slots
                 .iter()
-                .map(|(_, slot)| Endpoint {
-                    addr: socket_addr(slot.addr, slot.port),
-                    local: slot.flags & Slot::<A>::LOCAL != 0,
+                .map(|(_, slot)| {
+                    let local = slot.flags & Slot::<A>::LOCAL != 0;
+                    Endpoint::new(socket_addr(slot.addr, slot.port), local)
                 })
                 .collect();
             let (service, udp, frontends) = users.get(&id).copied().unwrap_or((0, false, 0));
