@@ -4,6 +4,7 @@
 //! - `frames`: packets that are kept for a while.
 //! - `sockets`: the cgroup hooks for host processes.
 //! - `tables`: the maps.
+//! - `xdp`: the accelerator for traffic that only passes through.
 #![cfg_attr(target_arch = "bpf", no_std, no_main)]
 
 #[cfg(target_arch = "bpf")]
@@ -14,6 +15,8 @@ mod sockets;
 mod tables;
 #[cfg(target_arch = "bpf")]
 mod tc;
+#[cfg(target_arch = "bpf")]
+mod xdp;
 
 #[cfg(target_arch = "bpf")]
 #[panic_handler]

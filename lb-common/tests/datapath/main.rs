@@ -16,3 +16,4 @@ mod paths;
 mod policy;
 mod refuse;
 mod send;
+mod transit;

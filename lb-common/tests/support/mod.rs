@@ -3,6 +3,7 @@
 
 pub(crate) mod build;
 pub(crate) mod cluster;
+pub(crate) mod driver;
 pub(crate) mod frame;
 pub(crate) mod hostile;
 pub(crate) mod paths;

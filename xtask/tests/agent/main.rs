@@ -23,3 +23,4 @@ mod refusals;
 mod reordered;
 mod restart;
 mod support;
+mod xdp;
