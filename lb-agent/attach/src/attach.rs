@@ -61,6 +61,24 @@ pub fn pin_program(_turn: &Turn, pins: &Pins, hook: Hook, program: &mut SchedCla
     fs::rename(&aside, &pin).with_context(|| format!("rename {} to {}", aside.display(), pin.display()))
 }
 
+/// Whether programs are pinned for plugins to attach.
+pub fn has_programs(pins: &Pins) -> bool {
+    Hook::BOTH.into_iter().all(|hook| pins.program(hook.program()).exists())
+}
+
+/// Takes programs out of the hands of plugins of other versions: devices are left to the agent, who has programs that
+/// get on with the maps of now.
+///
+/// # Errors
+/// If the pins cannot be removed.
+pub fn retire_others(pins: &Pins) -> Result<()> {
+    for other in pins.others().iter().filter(|other| has_programs(other)) {
+        let _turn = other.lock()?;
+        Hook::BOTH.into_iter().try_for_each(|hook| remove(&other.program(hook.program())))?;
+    }
+    Ok(())
+}
+
 /// Puts the programs that are pinned onto devices.
 pub struct Attacher {
     pins: Pins,

@@ -61,6 +61,15 @@ impl Pins {
         self.root.join("links").is_dir()
     }
 
+    /// Those of other versions, with the same BPF file system.
+    pub fn others(&self) -> Vec<Self> {
+        let all = self.root.parent().map(fs::read_dir).into_iter().flatten().flatten().flatten();
+        let mut others: Vec<PathBuf> =
+            all.map(|entry| entry.path()).filter(|dir| *dir != self.root).collect();
+        others.sort();
+        others.into_iter().map(|root| Self { root }).collect()
+    }
+
     /// Pin of a map.
     pub fn map(&self, name: &str) -> PathBuf {
         self.root.join("maps").join(name)

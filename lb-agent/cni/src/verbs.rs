@@ -66,6 +66,9 @@ impl<'a> Call<'a> {
                 |e| Code::Kernel.error(format!("cannot serve the pod's device {}", link.name)).because(e);
             return attached.map_err(failed).map(|()| None);
         }
+        if let Some(other) = self.of_another_version() {
+            return Ok(Some(format!("{other}; lb-agent attaches its own")));
+        }
         let why = self.nothing_pinned();
         if self.config.ours.required {
             return Err(Code::TryAgain.error("lb-agent has not run on this node yet").because(why));
@@ -189,6 +192,7 @@ impl<'a> Call<'a> {
     pub(crate) fn status(&self) -> Result<()> {
         match self.open() {
             Ok(Some((_, Some(_)))) => Ok(()),
+            Ok(_) if self.of_another_version().is_some() => Ok(()),
             Ok(_) => {
                 let msg = "lb-agent has not run on this node yet: Services would not work in new pods";
                 Err(Code::NotAvailable.error(msg).because(self.nothing_pinned()))
@@ -220,6 +224,12 @@ impl<'a> Call<'a> {
         })?;
         let attacher = Attacher::open(&turn, &self.pins, attach::has_tcx()).map_err(kernel)?;
         Ok(Some((turn, attacher)))
+    }
+
+    /// In the midst of an upgrade or a downgrade, this plugin and the agent may be of different versions.
+    fn of_another_version(&self) -> Option<String> {
+        let other = self.pins.others().into_iter().find(attach::has_programs)?;
+        Some(format!("what is pinned is of another version: {}", other.root().display()))
     }
 
     fn nothing_pinned(&self) -> String {

@@ -152,6 +152,7 @@ fn tc_program(ebpf: &mut Ebpf, hook: Hook) -> Result<&mut SchedClassifier> {
 /// # Errors
 /// If the kernel refuses.
 pub fn pin(ebpf: &mut Ebpf, pins: &Pins, features: Features) -> Result<Attacher> {
+    attach::retire_others(pins)?;
     let turn = pins.lock()?;
     for hook in Hook::BOTH {
         attach::pin_program(&turn, pins, hook, tc_program(ebpf, hook)?)?;
