@@ -29,7 +29,7 @@ RUN set -eu; \
         "CARGO_TARGET_${name}_RUSTFLAGS=-C target-feature=+crt-static"; \
     cargo build --release --locked --target "$target" --package lb-agent --package lb-cni --bins; \
     mkdir -p /out/bin; \
-    for program in lb-agent lb-cni lbctl; do install -m 755 "target/$target/release/$program" /out/bin; done
+    for program in lb-agent lb-cni lbctl; do cp "target/$target/release/$program" /out/bin; done
 
 FROM scratch
 LABEL org.opencontainers.image.title="lb-agent" \

@@ -177,6 +177,12 @@ fn bpf_linker(tools: &Path) -> Result<PathBuf> {
     for var in ["CARGO_ENCODED_RUSTFLAGS", "RUSTFLAGS", "CARGO_BUILD_TARGET", "RUSTC", "CARGO_TARGET_DIR"] {
         cargo.env_remove(var);
     }
+    // Linked statically, say, it could have no macros.
+    for (var, _) in std::env::vars_os() {
+        if var.to_str().is_some_and(|var| var.starts_with("CARGO_TARGET_") && var.ends_with("_RUSTFLAGS")) {
+            cargo.env_remove(var);
+        }
+    }
     run(cargo
         .args(["install", "bpf-linker", "--version", BPF_LINKER, "--locked", "--force", "--quiet", "--root"])
         .arg(tools)
