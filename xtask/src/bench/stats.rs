@@ -4,7 +4,7 @@ use hdrhistogram::Histogram;
 use serde::{Deserialize, Serialize};
 
 /// The middle of some figures, and how far they lie apart.
-#[derive(Clone, Copy, Debug, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
 pub(super) struct Spread {
     pub(super) min: f64,
     /// A quarter lies below.
@@ -20,6 +20,17 @@ impl Spread {
     pub(super) fn of(values: &[f64]) -> Self {
         let at = |q| quantile(values, q);
         Self { min: at(0.0), low: at(0.25), median: at(0.5), high: at(0.75), max: at(1.0) }
+    }
+
+    /// Of one over each figure.
+    pub(super) fn inverse(self) -> Self {
+        Self {
+            min: 1.0 / self.max,
+            low: 1.0 / self.high,
+            median: 1.0 / self.median,
+            high: 1.0 / self.low,
+            max: 1.0 / self.min,
+        }
     }
 }
 
@@ -117,6 +128,13 @@ mod tests {
         assert_eq!(quantile(&values, 0.5), 2.5);
         assert_eq!(quantile(&values, 1.0), 4.0);
         assert!(quantile(&[], 0.5).is_nan());
+    }
+
+    #[test]
+    fn the_inverse_keeps_its_order() {
+        let spread = Spread::of(&[1.0, 2.0, 4.0, 5.0, 10.0]).inverse();
+        let expected = Spread { min: 0.1, low: 0.2, median: 0.25, high: 0.5, max: 1.0 };
+        assert_eq!(spread, expected);
     }
 
     #[test]

@@ -128,7 +128,7 @@ fn figures(results: &Results) -> Vec<Figure> {
             of.family.name(),
             row.mode.name()
         );
-        let spread = if of.load.is_timed() { row.to_direct } else { inverse(row.to_direct) };
+        let spread = if of.load.is_timed() { row.to_direct } else { row.to_direct.inverse() };
         figures.push(Figure { name, spread, leeway: 1.0 });
     }
     for cost in &results.programs {
@@ -159,16 +159,6 @@ fn figures(results: &Results) -> Vec<Figure> {
         }
     }
     figures
-}
-
-fn inverse(s: Spread) -> Spread {
-    Spread {
-        min: 1.0 / s.max,
-        low: 1.0 / s.high,
-        median: 1.0 / s.median,
-        high: 1.0 / s.low,
-        max: 1.0 / s.min,
-    }
 }
 
 #[cfg(test)]

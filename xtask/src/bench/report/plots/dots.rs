@@ -68,17 +68,7 @@ fn line(rows: &[&Row], load: Load, path: Path) -> Option<Line> {
 
 /// More is faster, whatever the figure.
 fn speed(row: &Row) -> Spread {
-    let s = row.to_direct;
-    if !row.of.load.is_timed() {
-        return s;
-    }
-    Spread {
-        min: 1.0 / s.max,
-        low: 1.0 / s.high,
-        median: 1.0 / s.median,
-        high: 1.0 / s.low,
-        max: 1.0 / s.min,
-    }
+    if row.of.load.is_timed() { row.to_direct.inverse() } else { row.to_direct }
 }
 
 impl Picture for Relative {
