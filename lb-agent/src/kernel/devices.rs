@@ -24,6 +24,9 @@ const SETTLE: Duration = Duration::from_millis(10);
 /// who takes our programs off must leave a pod without service.
 const ANYWAY: Duration = Duration::from_secs(10);
 
+/// How long to wait after a failure.
+const AGAIN: Duration = Duration::from_secs(1);
+
 /// How often we ask whether netfilter sees bridged packets: nobody tells.
 const NETFILTER: Duration = Duration::from_secs(1);
 
@@ -55,12 +58,14 @@ impl Devices {
         let mut known = None;
         loop {
             // System calls for every device, and maybe waiting for a plugin: nobody else is to wait.
+            let short_cut = self.short_cut();
             let result;
             (self, result) = tokio::task::spawn_blocking(move || {
-                let result = self.round();
+                let result = self.round(short_cut);
                 (self, result)
             })
             .await?;
+            let mut due = self.looked.map_or(SETTLE, |looked| ANYWAY.saturating_sub(looked.elapsed()));
             match result {
                 Ok(local) if known.as_ref() == Some(&local) => {}
                 Ok(local) => {
@@ -69,10 +74,12 @@ impl Devices {
                     }
                     known = Some(local);
                 }
-                Err(error) => warn!("look at the devices: {error:#}; trying again"),
+                Err(error) => {
+                    warn!("look at the devices: {error:#}; trying again");
+                    due = AGAIN;
+                }
             }
-            let due = self.looked.map_or(SETTLE, |looked| ANYWAY.saturating_sub(looked.elapsed()));
-            let (due, short_cut) = (Instant::now() + due, self.short_cut());
+            let due = Instant::now() + due;
             while Instant::now() < due && short_cut == self.short_cut() {
                 let rest = due.saturating_duration_since(Instant::now());
                 match tokio::time::timeout(rest.min(NETFILTER), messages.next()).await {
@@ -87,7 +94,7 @@ impl Devices {
     }
 
     /// Looks at the devices once and does what is to be done.
-    fn round(&mut self) -> Result<LocalAddresses> {
+    fn round(&mut self, short_cut: u32) -> Result<LocalAddresses> {
         // Before the devices: those that a plugin attaches from now on must not be taken for gone.
         let served = self.attacher.served();
         let snapshot = Snapshot::take()?;
@@ -98,7 +105,7 @@ impl Devices {
             .filter_map(|link| Some((link.index, (link, classify(link, &snapshot, &self.args)?))))
             .collect();
         for (link, role) in wanted.values() {
-            let entry = self.entry(link, *role, &snapshot);
+            let entry = self.entry(link, *role, &snapshot, short_cut);
             if let Err(error) = self.serve(link, *role, entry, look) {
                 // Gone again, most likely; if not, the next round tries again.
                 warn!("{}: {error:#}", link.name);
@@ -119,9 +126,9 @@ impl Devices {
         })
     }
 
-    fn entry(&self, link: &Link, role: Role, snapshot: &Snapshot) -> Entry {
+    fn entry(&self, link: &Link, role: Role, snapshot: &Snapshot, short_cut: u32) -> Entry {
         let flags = match role {
-            Role::Pod if link.bridge.is_some() => Entry::POD | self.short_cut(),
+            Role::Pod if link.bridge.is_some() => Entry::POD | short_cut,
             Role::Pod => Entry::POD,
             Role::Uplink if self.args.masquerade => Entry::MASQUERADE,
             Role::Uplink | Role::Overlay => 0,
