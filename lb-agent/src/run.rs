@@ -23,7 +23,6 @@ use crate::store::Change;
 use crate::sync::{self, Reports};
 use anyhow::{Context as _, Result, anyhow};
 use ipnet::IpNet;
-use lb_attach::attach::Attacher;
 use lb_common::datapath::Reason;
 use lb_common::maps::stance;
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
@@ -85,10 +84,11 @@ pub async fn run(args: RunArgs) -> Result<()> {
         tokio::spawn(file.run(events.clone()));
     }
     let attacher = programs::pin(&mut ebpf, &pins, features)?;
+    let xdp = programs::pin_xdp(&mut ebpf, &pins, &args)?;
     // What is attached and pinned stays; the rest is memory.
     drop(ebpf);
     let writer = Beside::new(writer, Guard::start(&pins)?);
-    let devices = devices(&args, attacher, pins, events.clone());
+    let devices = devices(Devices::new(attacher, xdp, pins, args.clone()), events.clone());
     keep_plugin(&args)?;
     let source = source.start(node_name, events);
     let sync = tokio::spawn(sync::run(args.desired(), receiver, writer, reports));
@@ -190,8 +190,7 @@ fn report(args: &RunArgs, node_name: &str, reports: Reports) {
 
 type Task = tokio::task::JoinHandle<Result<()>>;
 
-fn devices(args: &RunArgs, attacher: Attacher, pins: Pins, events: source::Sender) -> Task {
-    let devices = Devices::new(attacher, pins, args.clone());
+fn devices(devices: Devices, events: source::Sender) -> Task {
     let (sender, mut addresses) = mpsc::channel(1);
     tokio::spawn(async move {
         while let Some(local) = addresses.recv().await {

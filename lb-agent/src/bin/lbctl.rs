@@ -140,12 +140,13 @@ fn show_status(s: &Status) -> String {
         "agent         {agent}\npins          {}\nsocket hooks  {hooks}\nfrontends     {}\nflows         {} ({} entries)\n\n",
         s.pins, s.frontends, s.flows, s.flow_entries
     );
-    let mut devices = table(["DEVICE", "ROLE", "MASQUERADES PODS", "ADDRESSES"]);
+    let mut devices = table(["DEVICE", "ROLE", "MASQUERADES PODS", "XDP", "ADDRESSES"]);
     for d in &s.devices {
         devices.add_row([
             d.name.clone().unwrap_or_else(|| format!("#{} (in another namespace)", d.index)),
             d.role.into(),
             if d.masquerade { "yes" } else { "no" }.into(),
+            if d.xdp { "yes" } else { "no" }.into(),
             d.masquerade_to.join(" "),
         ]);
     }

@@ -2,6 +2,7 @@
 
 use crate::kernel::pins::Pins;
 use crate::kernel::tables::Tables;
+use crate::kernel::xdp;
 use anyhow::{Context as _, Result};
 use lb_common::datapath::Reason;
 use lb_common::maps::{Device as Entry, Side};
@@ -46,6 +47,8 @@ pub struct Device {
     pub masquerade: bool,
     /// What flows are masqueraded to.
     pub masquerade_to: Vec<String>,
+    /// Whether XDP sends on what only passes through.
+    pub xdp: bool,
 }
 
 /// Reads it all.
@@ -53,7 +56,7 @@ pub struct Device {
 /// # Errors
 /// If a map cannot be read.
 pub fn status(pins: &Pins, tables: &Tables) -> Result<Status> {
-    let mut devices = Vec::new();
+    let (mut devices, with_xdp) = (Vec::new(), xdp::attached(pins));
     for entry in tables.devices.iter() {
         let (index, device) = entry.context("read the device table")?;
         let mut to = Vec::new();
@@ -70,6 +73,7 @@ pub fn status(pins: &Pins, tables: &Tables) -> Result<Status> {
             role: if device.flags & Entry::POD != 0 { "pod" } else { "node" },
             masquerade: device.flags & Entry::MASQUERADE != 0,
             masquerade_to: to,
+            xdp: with_xdp.contains(&index),
         });
     }
     devices.sort_by_key(|d| d.index);

@@ -24,3 +24,4 @@ mod refusals;
 mod reordered;
 mod restart;
 mod support;
+mod xdp;
