@@ -5,7 +5,7 @@ use crate::addr::{Ip4, Ip6, NetPort};
 use bytemuck::{Pod, Zeroable};
 
 /// Version of all layouts here; part of the pin directory's name.
-pub const VERSION: u32 = 2;
+pub const VERSION: u32 = 3;
 
 /// What a family's address type has to know for the generic code.
 pub trait Addr: Pod + Eq + core::fmt::Debug + Default {
@@ -461,9 +461,8 @@ impl Held {
     pub const PER_CPU: u32 = 64;
 }
 
-/// Key of the slot table.
-#[repr(C)]
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, Pod, Zeroable)]
+/// A place in a set.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
 pub struct SlotKey {
     /// [`Set::id`].
     pub set: u32,
@@ -471,7 +470,38 @@ pub struct SlotKey {
     pub index: u32,
 }
 
-/// Value of the slot table: one backend of a set.
+impl SlotKey {
+    /// Where the slot is found: the group's key, and the place in the group.
+    #[inline(always)]
+    pub const fn group(&self) -> (SlotGroupKey, usize) {
+        let len = SLOT_GROUP as u32;
+        (SlotGroupKey { set: self.set, group: self.index / len }, (self.index % len) as usize)
+    }
+}
+
+/// How many slots an entry of the slot table has. A hash table's entry takes 64 bytes and a microsecond to write besides
+/// its value: one for each endpoint would be most of what a large cluster costs.
+pub const SLOT_GROUP: usize = 4;
+
+/// Key of the slot table.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, Pod, Zeroable)]
+pub struct SlotGroupKey {
+    /// [`Set::id`].
+    pub set: u32,
+    /// Zero for the slots from 0 on, one for those from [`SLOT_GROUP`] on.
+    pub group: u32,
+}
+
+/// Value of the slot table: neighbours in a set. What is beyond the set's end is zero.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct SlotGroup<A> {
+    /// The slots.
+    pub slots: [Slot<A>; SLOT_GROUP],
+}
+
+/// One backend of a set.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Slot<A> {
@@ -746,6 +776,7 @@ plain_layouts! {
     Flow: 48, 96;
     FrontendKey: 12, 24;
     Slot: 20, 32;
+    SlotGroup: 80, 128;
     Range: 8, 32;
     FragmentKey: 16, 40;
 }
@@ -773,7 +804,7 @@ macro_rules! aya_pod {
 aya_pod!(
     Frontend,
     Set,
-    SlotKey,
+    SlotGroupKey,
     Device,
     SocketKey,
     SocketPeer,
@@ -788,7 +819,7 @@ aya_pod!(
 const _: () = {
     assert!(size_of::<ServiceName>() == 192);
     assert!(size_of::<Frontend>() == 28 && core::mem::offset_of!(Frontend, flags) == 24);
-    assert!(size_of::<SlotKey>() == 8);
+    assert!(size_of::<SlotGroupKey>() == 8);
     assert!(size_of::<Device>() == 32);
     assert!(size_of::<SourceKey<Ip4>>() == 8 && size_of::<SourceKey<Ip6>>() == 20);
     assert!(size_of::<Held>() == 2048);

@@ -7,7 +7,8 @@ use crate::addr::NetPort;
 use crate::affinity::{find, remember, scale};
 use crate::datapath::Reason;
 use crate::maps::{
-    Addr, Affinity, AffinityKey, Frontend, FrontendKey, Range, Set, Slot, SlotKey, SocketKey, SocketPeer,
+    Addr, Affinity, AffinityKey, Frontend, FrontendKey, Range, Set, Slot, SlotGroup, SlotGroupKey, SlotKey,
+    SocketKey, SocketPeer,
 };
 
 /// A socket and the peer address that is being used.
@@ -26,8 +27,14 @@ pub trait Socket<A> {
 pub trait SocketTables<A: Addr> {
     /// Looks a frontend up.
     fn frontend(&self, key: &FrontendKey<A>) -> Option<&Frontend>;
+    /// Looks a group of slots up.
+    fn slot_group(&self, key: &SlotGroupKey) -> Option<&SlotGroup<A>>;
     /// Looks a slot up.
-    fn slot(&self, key: &SlotKey) -> Option<&Slot<A>>;
+    #[inline(always)]
+    fn slot(&self, key: &SlotKey) -> Option<&Slot<A>> {
+        let (group, place) = key.group();
+        self.slot_group(&group)?.slots.get(place)
+    }
     /// The present epoch of a liveness entry.
     fn backend_epoch(&self, id: u32) -> u32;
     /// Looks a socket's peer up.
@@ -187,7 +194,7 @@ fn place<A: Addr, K: SocketTables<A>>(
     if !known.holds(now, timeout) {
         return None;
     }
-    find(known, set, |index| kernel.slot(&SlotKey { set: set.id, index }))
+    find(known, set, |key| kernel.slot_group(&key))
 }
 
 /// Any slot of a set.
@@ -241,7 +248,7 @@ mod tests {
     #[derive(Default)]
     struct Fake {
         frontends: HashMap<FrontendKey<Ip4>, Frontend>,
-        slots: HashMap<SlotKey, Slot<Ip4>>,
+        slots: HashMap<SlotGroupKey, SlotGroup<Ip4>>,
         epochs: HashMap<u32, u32>,
         sockets: RefCell<HashMap<SocketKey, &'static SocketPeer>>,
         counts: RefCell<Vec<Reason>>,
@@ -256,7 +263,7 @@ mod tests {
         fn frontend(&self, key: &FrontendKey<Ip4>) -> Option<&Frontend> {
             self.frontends.get(key)
         }
-        fn slot(&self, key: &SlotKey) -> Option<&Slot<Ip4>> {
+        fn slot_group(&self, key: &SlotGroupKey) -> Option<&SlotGroup<Ip4>> {
             self.slots.get(key)
         }
         fn backend_epoch(&self, id: u32) -> u32 {
@@ -293,6 +300,13 @@ mod tests {
         }
     }
 
+    impl Fake {
+        fn set_slot(&mut self, key: SlotKey, slot: Slot<Ip4>) {
+            let (group, place) = key.group();
+            self.slots.entry(group).or_default().slots[place] = slot;
+        }
+    }
+
     fn ip(text: &str) -> Ip4 {
         text.parse::<core::net::Ipv4Addr>().unwrap().into()
     }
@@ -307,7 +321,7 @@ mod tests {
                 backend_id: index + 1,
                 ..Slot::default()
             };
-            fake.slots.insert(SlotKey { set: 3, index }, slot);
+            fake.set_slot(SlotKey { set: 3, index }, slot);
         }
         let frontend = Frontend { internal: set, ..Frontend::default() };
         for proto in [6, 17] {
@@ -340,10 +354,10 @@ mod tests {
         };
         let first = send(&kernel);
         assert!((0..50).all(|_| send(&kernel) == first));
-        let (key, slot) = kernel.slots.iter().find(|(_, s)| s.addr == first).map(|(k, s)| (*k, *s)).unwrap();
+        let slots = kernel.slots[&SlotGroupKey { set: 3, group: 0 }].slots;
+        let (index, slot) = (0..3).zip(slots).find(|(_, s)| s.addr == first).unwrap();
         kernel.epochs.insert(slot.backend_id, 1);
-        let other = kernel.slots[&SlotKey { index: (key.index + 1) % 3, ..key }];
-        kernel.slots.insert(key, other);
+        kernel.set_slot(SlotKey { set: 3, index }, slots[(index as usize + 1) % 3]);
         assert_ne!(send(&kernel), first);
     }
 
@@ -370,20 +384,20 @@ mod tests {
         }
         // Another set, in which it is elsewhere.
         for index in 0..10 {
-            let slot = kernel.slots[&SlotKey { set: 3, index }];
-            kernel.slots.insert(SlotKey { set: 4, index: index + 3 }, slot);
+            let slot = *kernel.slot(&SlotKey { set: 3, index }).unwrap();
+            kernel.set_slot(SlotKey { set: 4, index: index + 3 }, slot);
         }
         for (index, host) in (0..).zip([1, 2, 3]) {
             let slot = Slot { addr: ip(&std::format!("10.244.1.{host}")), ..Slot::default() };
-            kernel.slots.insert(SlotKey { set: 4, index }, slot);
+            kernel.set_slot(SlotKey { set: 4, index }, slot);
         }
         change(&mut kernel, |frontend| frontend.internal = Set { id: 4, count: 13 });
         assert_eq!(sent_to(&kernel, 6), first);
         // A set without it.
-        kernel.slots.retain(|key, slot| key.set == 3 && slot.addr != first);
-        let left: Vec<_> = kernel.slots.values().copied().collect();
+        let all = (0..10).map(|index| *kernel.slot(&SlotKey { set: 3, index }).unwrap());
+        let left: Vec<_> = all.filter(|slot| slot.addr != first).collect();
         for (index, slot) in (0..).zip(left) {
-            kernel.slots.insert(SlotKey { set: 5, index }, slot);
+            kernel.set_slot(SlotKey { set: 5, index }, slot);
         }
         change(&mut kernel, |frontend| frontend.internal = Set { id: 5, count: 9 });
         let second = sent_to(&kernel, 6);

@@ -10,7 +10,8 @@ use core::ptr::{read_volatile, write_volatile};
 use lb_common::addr::{Ip4, Ip6, NetPort};
 use lb_common::datapath::Reason;
 use lb_common::maps::{
-    Affinity, AffinityKey, Frontend, FrontendKey, Range, Slot, SlotKey, SocketKey, SocketPeer, flags,
+    Affinity, AffinityKey, Frontend, FrontendKey, Range, SlotGroup, SlotGroupKey, SocketKey, SocketPeer,
+    flags,
 };
 use lb_common::socket::{Decision, Socket, SocketTables, from_backend, to_service};
 
@@ -291,8 +292,8 @@ impl<H: Hook, A: Maps> SocketTables<A> for On<H> {
     }
 
     #[inline(always)]
-    fn slot(&self, key: &SlotKey) -> Option<&Slot<A>> {
-        tables::slot(key)
+    fn slot_group(&self, key: &SlotGroupKey) -> Option<&SlotGroup<A>> {
+        tables::slot_group(key)
     }
 
     #[inline(always)]

@@ -9,7 +9,7 @@ use lb_common::addr::{Ip4, Ip6};
 use lb_common::datapath::{Reason, Taken};
 use lb_common::maps::{
     Addr, Affinity, AffinityKey, Device, Flow, FlowKey, Fragment, FragmentKey, Frontend, FrontendKey, Held,
-    Range, ServiceName, Slot, SlotKey, SocketKey, SocketPeer, SourceKey, flags,
+    Range, ServiceName, SlotGroup, SlotGroupKey, SocketKey, SocketPeer, SourceKey, flags,
 };
 
 // Written by the loader before the programs are verified, constant from then on.
@@ -43,11 +43,11 @@ pub(crate) static LB_FRONT4: HashMap<FrontendKey<Ip4>, Frontend> =
 pub(crate) static LB_FRONT6: HashMap<FrontendKey<Ip6>, Frontend> =
     HashMap::with_max_entries(1 << 17, BPF_F_NO_PREALLOC);
 #[map]
-pub(crate) static LB_SLOT4: HashMap<SlotKey, Slot<Ip4>> =
-    HashMap::with_max_entries(1 << 20, BPF_F_NO_PREALLOC);
+pub(crate) static LB_SLOT4: HashMap<SlotGroupKey, SlotGroup<Ip4>> =
+    HashMap::with_max_entries(1 << 19, BPF_F_NO_PREALLOC);
 #[map]
-pub(crate) static LB_SLOT6: HashMap<SlotKey, Slot<Ip6>> =
-    HashMap::with_max_entries(1 << 20, BPF_F_NO_PREALLOC);
+pub(crate) static LB_SLOT6: HashMap<SlotGroupKey, SlotGroup<Ip6>> =
+    HashMap::with_max_entries(1 << 19, BPF_F_NO_PREALLOC);
 #[map]
 pub(crate) static LB_CIDR4: LpmTrie<Ip4, u32> = LpmTrie::with_max_entries(4096, BPF_F_NO_PREALLOC);
 #[map]
@@ -132,7 +132,7 @@ pub(crate) trait Maps: Addr {
     const TUPLE: u32;
     fn flows() -> &'static HashMap<FlowKey<Self>, Flow<Self>>;
     fn frontends() -> &'static HashMap<FrontendKey<Self>, Frontend>;
-    fn slots() -> &'static HashMap<SlotKey, Slot<Self>>;
+    fn slots() -> &'static HashMap<SlotGroupKey, SlotGroup<Self>>;
     fn cidrs() -> &'static LpmTrie<Self, u32>;
     fn sources() -> &'static LpmTrie<SourceKey<Self>, u32>;
     fn range() -> &'static Array<Range<Self>>;
@@ -158,7 +158,7 @@ macro_rules! maps {
             }
 
             #[inline(always)]
-            fn slots() -> &'static HashMap<SlotKey, Slot<Self>> {
+            fn slots() -> &'static HashMap<SlotGroupKey, SlotGroup<Self>> {
                 &$slots
             }
 
@@ -211,7 +211,7 @@ pub(crate) fn frontend<A: Maps>(key: &FrontendKey<A>) -> Option<&'static Fronten
 }
 
 #[inline(always)]
-pub(crate) fn slot<A: Maps>(key: &SlotKey) -> Option<&'static Slot<A>> {
+pub(crate) fn slot_group<A: Maps>(key: &SlotGroupKey) -> Option<&'static SlotGroup<A>> {
     // SAFETY: as above.
     unsafe { A::slots().get(key) }
 }

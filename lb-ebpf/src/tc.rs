@@ -23,7 +23,7 @@ use lb_common::datapath::{
 };
 use lb_common::maps::{
     Addr, Affinity, AffinityKey, Device, Flow, FlowKey, Fragment, FragmentKey, Frontend, FrontendKey, Range,
-    Slot, SlotKey, SourceKey, flags, seen_to, stance,
+    SlotGroup, SlotGroupKey, SourceKey, flags, seen_to, stance,
 };
 
 /// Destinations.
@@ -421,8 +421,8 @@ impl<A: Maps> Tables<A> for Around {
     }
 
     #[inline(always)]
-    fn slot(&self, key: &SlotKey) -> Option<&Slot<A>> {
-        tables::slot(key)
+    fn slot_group(&self, key: &SlotGroupKey) -> Option<&SlotGroup<A>> {
+        tables::slot_group(key)
     }
 
     #[inline(always)]

@@ -119,7 +119,7 @@ fn source_ranges<A: NodeAddr>(family: &Family<A>) -> Result<HashMap<u32, Vec<Str
 
 fn endpoints<A: NodeAddr>(family: &Family<A>, set: Set, drop: bool) -> Endpoints {
     let endpoints: Vec<String> = (0..set.count)
-        .map(|index| match family.slots.get(&SlotKey { set: set.id, index }, 0) {
+        .map(|index| match family.slot(&SlotKey { set: set.id, index }) {
             Ok(slot) => {
                 let here = if slot.flags & Slot::<A>::LOCAL != 0 { "*" } else { "" };
                 format!("{}{here}", socket_addr(slot.addr, slot.port))

@@ -20,7 +20,7 @@ use super::pins::Pins;
 use super::tables::{Family, NodeAddr, Tables, socket_addr};
 use anyhow::{Context as _, Result};
 use lb_common::addr::NetPort;
-use lb_common::maps::{Flow, FlowKey, Frontend, FrontendKey, Side, Slot, SlotKey};
+use lb_common::maps::{Flow, FlowKey, Frontend, FrontendKey, Side, SlotKey};
 use sockets::{Here, Sockets};
 use std::collections::HashSet;
 use std::net::{IpAddr, SocketAddr};
@@ -277,7 +277,7 @@ fn liveness<A: NodeAddr>(family: &Family<A>, frontend: &Frontend, backend: Socke
     let (addr, port) = end::<A>(backend);
     [frontend.internal, frontend.external].iter().find_map(|set| {
         (0..set.count).find_map(|index| {
-            let slot: Slot<A> = family.slots.get(&SlotKey { set: set.id, index }, 0).ok()?;
+            let slot = family.slot(&SlotKey { set: set.id, index }).ok()?;
             (slot.addr == addr && slot.port == port).then_some((slot.backend_id, slot.backend_epoch))
         })
     })

@@ -5,12 +5,12 @@ use super::syscall;
 use anyhow::{Context as _, Result};
 use aya::Pod;
 use aya::maps::lpm_trie::LpmTrie;
-use aya::maps::{Array, HashMap, Map, MapData, PerCpuArray};
+use aya::maps::{Array, HashMap, Map, MapData, MapError, PerCpuArray};
 use lb_common::addr::{Ip4, Ip6, NetPort};
 use lb_common::datapath::Reason;
 use lb_common::maps::{
     Addr, Affinity, AffinityKey, Device, Flow, FlowKey, Frontend, FrontendKey, Range, ServiceName, Slot,
-    SlotKey, SourceKey,
+    SlotGroup, SlotGroupKey, SlotKey, SourceKey,
 };
 use std::hash::Hash;
 use std::io;
@@ -25,8 +25,8 @@ pub struct Family<A: NodeAddr> {
     flow_map: MapData,
     /// Addresses that are served.
     pub frontends: HashMap<MapData, FrontendKey<A>, Frontend>,
-    /// The backends of each set.
-    pub slots: HashMap<MapData, SlotKey, Slot<A>>,
+    /// The backends of each set, see [`Family::slot`].
+    pub slots: HashMap<MapData, SlotGroupKey, SlotGroup<A>>,
     /// Address ranges, bits of [`lb_common::maps::cidr`].
     pub cidrs: LpmTrie<MapData, A, u32>,
     /// Clients that load balancer addresses admit.
@@ -128,6 +128,15 @@ impl<A: NodeAddr> Family<A> {
     /// If the map cannot be read, or `each` fails.
     pub fn for_each_flow(&self, each: impl FnMut(&FlowKey<A>, &Flow<A>) -> io::Result<()>) -> Result<()> {
         syscall::for_each(self.flow_map.fd().as_fd(), each).context("read the flow table")
+    }
+
+    /// A backend of a set.
+    ///
+    /// # Errors
+    /// If it is not there, or the map cannot be read.
+    pub fn slot(&self, key: &SlotKey) -> Result<Slot<A>, MapError> {
+        let (group, place) = key.group();
+        Ok(self.slots.get(&group, 0)?.slots[place])
     }
 }
 

@@ -90,12 +90,12 @@ impl MapWriter {
             let addr = FrontendAddr { addr: SocketAddr::new(key.addr.into(), key.port.get()), protocol };
             self.frontends.insert(addr, frontend);
         }
-        let mut slots: HashMap<u32, Vec<_>> = HashMap::new();
+        let mut groups: HashMap<u32, Vec<_>> = HashMap::new();
         for entry in A::tables(&mut self.tables).slots.iter() {
-            let (key, slot) = entry.context("read the slots")?;
-            slots.entry(key.set).or_default().push((key.index, slot));
+            let (key, group) = entry.context("read the slots")?;
+            groups.entry(key.set).or_default().push((key.group, group));
         }
-        self.sets.adopt::<A>(slots, &self.frontends)?;
+        self.sets.adopt::<A>(groups, &self.frontends)?;
         Ok(())
     }
 

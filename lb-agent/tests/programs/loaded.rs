@@ -10,7 +10,9 @@ use aya::{Ebpf, EbpfLoader, Pod, TestRun as _, TestRunOptions};
 use lb_agent::kernel::programs::{Features, held_places};
 use lb_common::addr::{Ip4, Ip6};
 use lb_common::datapath::Reason;
-use lb_common::maps::{Device, Flow, FlowKey, Frontend, FrontendKey, Range, Slot, SlotKey, SourceKey, flags};
+use lb_common::maps::{
+    Device, Flow, FlowKey, Frontend, FrontendKey, Range, SlotGroup, SlotGroupKey, SourceKey, flags,
+};
 use nix::sched::{CloneFlags, unshare};
 use std::collections::HashMap as StdMap;
 
@@ -173,9 +175,10 @@ fn fill<A: Fam + Pod>(ebpf: &mut Ebpf, world: &World, suffix: char) {
     for (key, value) in &family.frontends {
         frontends.insert(key, value, 0).expect("write a frontend");
     }
-    let mut slots: HashMap<MapData, SlotKey, Slot<A>> = typed(take(ebpf, &format!("LB_SLOT{suffix}")));
+    let mut slots: HashMap<MapData, SlotGroupKey, SlotGroup<A>> =
+        typed(take(ebpf, &format!("LB_SLOT{suffix}")));
     for (key, value) in &family.slots {
-        slots.insert(key, value, 0).expect("write a slot");
+        slots.insert(key, value, 0).expect("write slots");
     }
     let mut sources: LpmTrie<MapData, SourceKey<A>, u32> = typed(take(ebpf, &format!("LB_SOURCE{suffix}")));
     for (service, addr, len) in &family.sources {

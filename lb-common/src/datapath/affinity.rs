@@ -54,5 +54,5 @@ fn remembered<A: Addr, K: Tables<A>>(
     if !known.holds(kernel.now(), frontend.affinity) {
         return None;
     }
-    find(known, set, |index| kernel.slot(&SlotKey { set: set.id, index }))
+    find(known, set, |key| kernel.slot_group(&key))
 }

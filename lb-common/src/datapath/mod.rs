@@ -24,7 +24,7 @@ use crate::addr::NetPort;
 use crate::checksum::Sum;
 use crate::maps::{
     Addr, Affinity, AffinityKey, Device, Flow, FlowKey, Fragment, FragmentKey, Frontend, FrontendKey, Range,
-    Side, Slot, SlotKey,
+    Side, Slot, SlotGroup, SlotGroupKey, SlotKey,
 };
 use bytemuck::Pod;
 use core::marker::PhantomData;
@@ -301,8 +301,14 @@ pub trait Tables<A: Addr>: Kernel {
     fn remove_flow(&self, key: &FlowKey<A>);
     /// Looks a frontend up.
     fn frontend(&self, key: &FrontendKey<A>) -> Option<&Frontend>;
+    /// Looks a group of slots up.
+    fn slot_group(&self, key: &SlotGroupKey) -> Option<&SlotGroup<A>>;
     /// Looks a slot up.
-    fn slot(&self, key: &SlotKey) -> Option<&Slot<A>>;
+    #[inline(always)]
+    fn slot(&self, key: &SlotKey) -> Option<&Slot<A>> {
+        let (group, place) = key.group();
+        self.slot_group(&group)?.slots.get(place)
+    }
     /// The bits of [`crate::maps::cidr`] that hold for an address.
     fn cidr(&self, addr: A) -> u32;
     /// Whether a socket of the node would take a packet with this tuple.

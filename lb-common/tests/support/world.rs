@@ -7,7 +7,7 @@ use lb_common::datapath::{
 };
 use lb_common::maps::{
     Addr, Affinity, AffinityKey, Device, Flow, FlowKey, Fragment, FragmentKey, Frontend, FrontendKey, Held,
-    Range, Set, Slot, SlotKey, stance,
+    Range, Set, Slot, SlotGroup, SlotGroupKey, SlotKey, stance,
 };
 use std::cell::{Cell, RefCell, UnsafeCell};
 use std::collections::{HashMap, HashSet};
@@ -52,7 +52,7 @@ pub(crate) struct Family<A: 'static> {
     /// Entries that were removed while a program runs: RCU keeps them readable.
     removed: RefCell<Vec<Entry<A>>>,
     pub(crate) frontends: HashMap<FrontendKey<A>, Frontend>,
-    pub(crate) slots: HashMap<SlotKey, Slot<A>>,
+    pub(crate) slots: HashMap<SlotGroupKey, SlotGroup<A>>,
     pub(crate) cidrs: Vec<(A, u8, u32)>,
     /// Tuples that a socket of the node would take.
     pub(crate) sockets: HashSet<FlowKey<A>>,
@@ -183,7 +183,8 @@ impl World {
             backend_epoch: epoch,
             pad: 0,
         };
-        A::of_mut(self).slots.insert(SlotKey { set, index }, slot);
+        let (group, place) = SlotKey { set, index }.group();
+        A::of_mut(self).slots.entry(group).or_default().slots[place] = slot;
     }
 
     pub(crate) fn frontend(&mut self, proto: u8, at: SocketAddr, value: Frontend) {
@@ -377,7 +378,7 @@ impl<A: Fam> Tables<A> for World {
         A::of(self).frontends.get(key)
     }
 
-    fn slot(&self, key: &SlotKey) -> Option<&Slot<A>> {
+    fn slot_group(&self, key: &SlotGroupKey) -> Option<&SlotGroup<A>> {
         A::of(self).slots.get(key)
     }
 

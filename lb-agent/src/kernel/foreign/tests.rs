@@ -92,7 +92,7 @@ fn datagrams_stay_with_netfilter_as_long_as_it_knows_them() {
         let flow = v4[&key::<Ip4>(&connection.original)];
         assert_eq!(socket_addr(flow.backend, flow.backend_port), connection.reply.src);
         let dns = frontend(&now.v4, &connection.original).expect("a frontend");
-        let slot = now.v4.slots.get(&SlotKey { set: dns.internal.id, index: 0 }, 0).expect("a slot");
+        let slot = now.v4.slot(&SlotKey { set: dns.internal.id, index: 0 }).expect("a slot");
         assert_ne!(slot.backend_id, 0);
         assert_eq!((flow.backend_id, flow.backend_epoch), (slot.backend_id, slot.backend_epoch));
         assert_eq!((flow.side, flow.service), (Side::Foreign as u8, dns.service));

@@ -5,7 +5,7 @@ use crate::kernel::tables::{NodeAddr, Tables, socket_addr};
 use crate::model::{Endpoint, EndpointSet, FrontendAddr};
 use anyhow::{Context as _, Result, bail};
 use lb_common::addr::{Ip4, Ip6, NetPort};
-use lb_common::maps::{Frontend, Set, Slot, SlotKey};
+use lb_common::maps::{Frontend, SLOT_GROUP, Set, Slot, SlotGroup, SlotGroupKey};
 use std::collections::{BTreeMap, HashMap, HashSet};
 use std::net::SocketAddr;
 use std::sync::Arc;
@@ -67,11 +67,10 @@ impl Sets {
         }
         let id = self.last.checked_add(1).context("set ids are used up: remove the pinned maps")?;
         self.last = id;
-        for (index, endpoint) in (0..).zip(endpoints.iter()) {
-            if let Err(error) =
-                self.write_slot::<A>(tables, service, SlotKey { set: id, index }, endpoint, udp)
-            {
-                self.undo::<A>(tables, service, id, &endpoints[..index as usize], udp)?;
+        for (group, some) in (0..).zip(endpoints.chunks(SLOT_GROUP)) {
+            let key = SlotGroupKey { set: id, group };
+            if let Err(error) = self.write_group::<A>(tables, service, key, some, udp) {
+                self.undo::<A>(tables, service, id, &endpoints[..group as usize * SLOT_GROUP], udp)?;
                 return Err(error);
             }
         }
@@ -82,32 +81,44 @@ impl Sets {
         Ok(Set { id, count })
     }
 
-    fn write_slot<A: NodeAddr>(
+    fn write_group<A: NodeAddr>(
         &mut self,
         tables: &mut Tables,
         service: u32,
-        key: SlotKey,
-        endpoint: &Endpoint,
+        key: SlotGroupKey,
+        endpoints: &[Endpoint],
         udp: bool,
     ) -> Result<()> {
-        let ip = addr::<A>(endpoint.addr.ip())?;
-        let (backend_id, backend_epoch) =
-            if udp { self.backend(tables, service, endpoint.addr)? } else { (0, 0) };
-        let slot = Slot {
-            addr: ip,
-            port: NetPort::new(endpoint.addr.port()),
-            flags: if endpoint.local { Slot::<A>::LOCAL } else { 0 },
-            backend_id,
-            backend_epoch,
-            pad: 0,
-        };
-        if let Err(error) = A::tables(tables).slots.insert(key, slot, 0) {
-            if udp {
-                self.release_backend(tables, service, endpoint.addr)?;
+        let mut backends = [(0, 0); SLOT_GROUP];
+        for (held, (backend, endpoint)) in backends.iter_mut().zip(endpoints).enumerate().filter(|_| udp) {
+            match self.backend(tables, service, endpoint.addr) {
+                Ok(taken) => *backend = taken,
+                Err(error) => {
+                    self.release_backends(tables, service, &endpoints[..held], udp)?;
+                    return Err(error);
+                }
             }
-            return Err(error).with_context(|| format!("write the endpoint {}", endpoint.addr));
         }
-        Ok(())
+        let written = group::<A>(endpoints, &backends).and_then(|group| {
+            A::tables(tables).slots.insert(key, group, 0).context("write to the slot table")
+        });
+        if written.is_err() {
+            self.release_backends(tables, service, endpoints, udp)?;
+        }
+        written.with_context(|| format!("write the endpoints {}", names(endpoints)))
+    }
+
+    fn release_backends(
+        &mut self,
+        tables: &mut Tables,
+        service: u32,
+        endpoints: &[Endpoint],
+        udp: bool,
+    ) -> Result<()> {
+        endpoints
+            .iter()
+            .filter(|_| udp)
+            .try_for_each(|endpoint| self.release_backend(tables, service, endpoint.addr))
     }
 
     /// Takes back a set of which only that much could be written.
@@ -119,13 +130,8 @@ impl Sets {
         written: &[Endpoint],
         udp: bool,
     ) -> Result<()> {
-        for (index, endpoint) in (0..).zip(written) {
-            gone(A::tables(tables).slots.remove(&SlotKey { set: id, index })).context("delete a slot")?;
-            if udp {
-                self.release_backend(tables, service, endpoint.addr)?;
-            }
-        }
-        Ok(())
+        remove_groups::<A>(tables, id, written.len())?;
+        self.release_backends(tables, service, written, udp)
     }
 
     /// Gives back one use of a set; the last one deletes its slots.
@@ -137,15 +143,8 @@ impl Sets {
         }
         let Some(held) = self.by_id.remove(&set.id) else { return Ok(()) };
         self.by_content.remove(&(held.service, Arc::clone(&held.endpoints), held.udp));
-        for index in 0..set.count {
-            gone(A::tables(tables).slots.remove(&SlotKey { set: set.id, index })).context("delete a slot")?;
-        }
-        if held.udp {
-            for endpoint in held.endpoints.iter() {
-                self.release_backend(tables, held.service, endpoint.addr)?;
-            }
-        }
-        Ok(())
+        remove_groups::<A>(tables, set.id, set.count as usize)?;
+        self.release_backends(tables, held.service, &held.endpoints, held.udp)
     }
 
     /// Backends that are in no set but that flows go to: a former agent may have kept them for those flows.
@@ -237,7 +236,7 @@ impl Sets {
     /// Takes over the sets that a former agent's frontends use.
     pub(super) fn adopt<A: NodeAddr>(
         &mut self,
-        slots: HashMap<u32, Vec<(u32, Slot<A>)>>,
+        groups: HashMap<u32, Vec<(u32, SlotGroup<A>)>>,
         frontends: &HashMap<FrontendAddr, Frontend>,
     ) -> Result<()> {
         let mut users: BTreeMap<u32, (u32, bool, usize)> = BTreeMap::new();
@@ -247,18 +246,20 @@ impl Sets {
                 users.entry(set.id).or_insert((frontend.service, udp, 0)).2 += 1;
             }
         }
-        for (id, mut slots) in slots {
+        for (id, mut groups) in groups {
             self.last = self.last.max(id);
-            slots.sort_by_key(|(index, _)| *index);
-            let endpoints: Arc<[Endpoint]> = slots
-                .iter()
-                .map(|(_, slot)| Endpoint {
+            groups.sort_by_key(|(group, _)| *group);
+            // No endpoint has port 0: these are beyond the end.
+            let slots =
+                || groups.iter().flat_map(|(_, group)| &group.slots).filter(|slot| slot.port.get() != 0);
+            let endpoints: Arc<[Endpoint]> = slots()
+                .map(|slot| Endpoint {
                     addr: socket_addr(slot.addr, slot.port),
                     local: slot.flags & Slot::<A>::LOCAL != 0,
                 })
                 .collect();
             let (service, udp, frontends) = users.get(&id).copied().unwrap_or((0, false, 0));
-            for (_, slot) in slots.iter().filter(|(_, slot)| slot.backend_id != 0) {
+            for slot in slots().filter(|slot| slot.backend_id != 0) {
                 self.last_backend = self.last_backend.max(slot.backend_id);
                 if frontends > 0 {
                     let backend = Backend { id: slot.backend_id, epoch: slot.backend_epoch, sets: 0 };
@@ -271,7 +272,7 @@ impl Sets {
             if frontends > 0 {
                 self.by_content.insert((service, Arc::clone(&endpoints), udp), id);
             }
-            let end = slots.last().map_or(0, |(index, _)| index + 1);
+            let end = groups.last().map_or(0, |(group, _)| (group + 1) * SLOT_GROUP as u32);
             self.by_id.insert(id, Held { service, endpoints, udp, v4: A::IS_V4, frontends, slots: end });
         }
         Ok(())
@@ -300,4 +301,32 @@ impl Sets {
         self.free_backends = (1..=self.last_backend).filter(|id| !used.contains(id)).collect();
         Ok(())
     }
+}
+
+/// Endpoints as the programs read them, with id and epoch of their backends (zeros for TCP).
+fn group<A: NodeAddr>(endpoints: &[Endpoint], backends: &[(u32, u32); SLOT_GROUP]) -> Result<SlotGroup<A>> {
+    let mut group = SlotGroup::default();
+    for (slot, (endpoint, backend)) in group.slots.iter_mut().zip(endpoints.iter().zip(backends)) {
+        *slot = Slot {
+            addr: addr::<A>(endpoint.addr.ip())?,
+            port: NetPort::new(endpoint.addr.port()),
+            flags: if endpoint.local { Slot::<A>::LOCAL } else { 0 },
+            backend_id: backend.0,
+            backend_epoch: backend.1,
+            pad: 0,
+        };
+    }
+    Ok(group)
+}
+
+fn names(endpoints: &[Endpoint]) -> String {
+    endpoints.iter().map(|endpoint| endpoint.addr.to_string()).collect::<Vec<_>>().join(", ")
+}
+
+/// The entries that a set of so many slots has.
+fn remove_groups<A: NodeAddr>(tables: &mut Tables, set: u32, slots: usize) -> Result<()> {
+    for (group, _) in (0..).zip((0..slots).step_by(SLOT_GROUP)) {
+        gone(A::tables(tables).slots.remove(&SlotGroupKey { set, group })).context("delete slots")?;
+    }
+    Ok(())
 }

@@ -3,7 +3,7 @@
 mod failures;
 
 use super::MapWriter;
-use crate::kernel::tables::{NodeAddr, Tables};
+use crate::kernel::tables::{Family, NodeAddr, Tables};
 use crate::kernel::testing::Bpffs;
 use crate::model::{
     Endpoint, EndpointSet, Frontend, FrontendAddr, FrontendKind, Protocol, ServicePort, Sources,
@@ -12,7 +12,9 @@ use crate::sync::{Diff, Writer as _};
 use aya::maps::MapData;
 use aya::maps::lpm_trie::LpmTrie;
 use lb_common::addr::{Ip4, Ip6, NetPort};
-use lb_common::maps::{self, Addr as _, FrontendKey, ServiceName, Set, Slot, SlotKey};
+use lb_common::maps::{
+    self, Addr as _, FrontendKey, SLOT_GROUP, ServiceName, Set, Slot, SlotGroup, SlotGroupKey, SlotKey,
+};
 use std::collections::{BTreeSet, HashMap};
 use std::net::SocketAddr;
 use std::sync::Arc;
@@ -54,14 +56,27 @@ impl State {
         Self {
             front4: tables.v4.frontends.iter().map(Result::unwrap).collect(),
             front6: tables.v6.frontends.iter().map(Result::unwrap).collect(),
-            slot4: tables.v4.slots.iter().map(Result::unwrap).collect(),
-            slot6: tables.v6.slots.iter().map(Result::unwrap).collect(),
+            slot4: slots(&tables.v4),
+            slot6: slots(&tables.v6),
             sources: sources(&tables.v4.sources).chain(sources(&tables.v6.sources)).collect(),
             ranges: (tables.v4.cluster_ips.get(&0, 0).unwrap(), tables.v6.cluster_ips.get(&0, 0).unwrap()),
             names: tables.names.iter().map(Result::unwrap).collect(),
             epochs: (0..64).map(|id| tables.epochs.get(&id, 0).expect("an epoch")).collect(),
         }
     }
+}
+
+/// Those that mean something, and no group without any.
+fn slots<A: NodeAddr>(family: &Family<A>) -> HashMap<SlotKey, Slot<A>> {
+    let groups = family.slots.iter().map(Result::unwrap);
+    groups
+        .flat_map(|(key, group)| {
+            let used = group.slots.into_iter().take_while(|slot| slot.port.get() != 0);
+            let used: Vec<_> = (key.group * SLOT_GROUP as u32..).zip(used).collect();
+            assert!(!used.is_empty(), "{key:?} is empty");
+            used.into_iter().map(move |(index, slot)| (SlotKey { set: key.set, index }, slot))
+        })
+        .collect()
 }
 
 fn sources<A: NodeAddr>(
@@ -338,7 +353,7 @@ fn a_frontend_never_points_to_a_missing_slot() {
                 let set = value.internal;
                 assert_eq!(set, value.external);
                 for index in 0..set.count {
-                    if tables.v4.slots.get(&SlotKey { set: set.id, index }, 0).is_err() {
+                    if tables.v4.slot(&SlotKey { set: set.id, index }).is_err() {
                         let now = tables.v4.frontends.get(&key, 0).expect("it is always there").internal;
                         assert_ne!(now, set, "slot {index} of the frontend's present set {set:?} is missing");
                         break;
@@ -474,10 +489,11 @@ fn sets_that_a_killed_agent_left_behind_are_removed() {
         .id;
     // Killed before the frontend was flipped; two UDP backends among them.
     let mut tables = bpffs.tables();
-    for index in 0..3 {
-        let slot = Slot { backend_id: index, ..Slot::<Ip4>::default() };
-        tables.v4.slots.insert(SlotKey { set: used + 5, index }, slot, 0).expect("a slot");
+    let mut left = SlotGroup::<Ip4>::default();
+    for (index, slot) in (0..3).zip(&mut left.slots) {
+        *slot = Slot { port: NetPort::new(53), backend_id: index, ..Slot::default() };
     }
+    tables.v4.slots.insert(SlotGroupKey { set: used + 5, group: 0 }, left, 0).expect("slots");
     let (mut writer, _) = bpffs.writer();
     let after = bpffs.state();
     assert_eq!(after.slot4, before.slot4);
@@ -500,9 +516,9 @@ fn a_set_that_was_half_removed_is_removed_wholly() {
     let bpffs = Bpffs::new();
     // Killed after the frontend was flipped, while the old set's slots were deleted.
     let mut tables = bpffs.tables();
-    for index in 2..5 {
-        let slot = Slot::<Ip4>::default();
-        tables.v4.slots.insert(SlotKey { set: 7, index }, slot, 0).expect("a slot");
+    for group in 2..5 {
+        let slots = [Slot { port: NetPort::new(80), ..Slot::<Ip4>::default() }; SLOT_GROUP];
+        tables.v4.slots.insert(SlotGroupKey { set: 7, group }, SlotGroup { slots }, 0).expect("slots");
     }
     let _ = bpffs.writer();
     assert_eq!(bpffs.state().slot4, HashMap::new());

@@ -8,7 +8,9 @@ use aya::programs::{ProgramType, SchedClassifier, TestRun, TestRunOptions};
 use aya::sys::{BpfHelper, is_helper_supported};
 use aya::{Ebpf, EbpfLoader};
 use lb_common::datapath::Reason;
-use lb_common::maps::{Device, Flow, FlowKey, Frontend, FrontendKey, Slot, SlotKey, cidr, flags};
+use lb_common::maps::{
+    Device, Flow, FlowKey, Frontend, FrontendKey, Slot, SlotGroup, SlotGroupKey, SlotKey, cidr, flags,
+};
 
 use super::super::packet::{self, End, Family, Transport, Who};
 use super::Work;
@@ -173,11 +175,15 @@ impl Loaded {
         let key = FrontendKey::new(vip.addr::<A>(), vip.port(), 6);
         self.hash(&name("LB_FRONT"))?.insert(key, frontend, 0)?;
         let mut slots = self.hash(&name("LB_SLOT"))?;
+        let mut groups = std::collections::BTreeMap::<_, SlotGroup<A>>::new();
         for index in 0..set.count {
             let backend = End(Who::Backend, 8000 + index as u16);
-            let slot: Slot<A> =
-                Slot { addr: backend.addr(), port: backend.port(), flags: 1, ..Default::default() };
-            slots.insert(SlotKey { set: set.id, index }, slot, 0)?;
+            let slot = Slot { addr: backend.addr(), port: backend.port(), flags: 1, ..Default::default() };
+            let (group, place) = SlotKey { set: set.id, index }.group();
+            groups.entry(group.group).or_default().slots[place] = slot;
+        }
+        for (group, value) in groups {
+            slots.insert(SlotGroupKey { set: set.id, group }, value, 0)?;
         }
         self.reset(cases)
     }

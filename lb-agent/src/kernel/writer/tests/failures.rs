@@ -14,10 +14,11 @@ fn many(port: u16, count: u8) -> EndpointSet {
 
 #[test]
 fn what_does_not_fit_leaves_nothing_and_stops_nobody() {
-    let bpffs = Bpffs::sized(&[("LB_SLOT4", 8)]);
+    // Twelve endpoints take three entries.
+    let bpffs = Bpffs::sized(&[("LB_SLOT4", 5)]);
     let (mut writer, _) = bpffs.writer();
     let [a, b, c] = ["10.96.0.1:53", "10.96.0.2:53", "10.96.0.3:53"].map(|ip| at(ip, Protocol::Udp));
-    put(&mut writer, a, frontend("a", many(1, 3)));
+    put(&mut writer, a, frontend("a", many(1, 12)));
     let before = bpffs.state();
     let live = |state: &State, epochs: &[u32]| {
         // Ids that were given back have other epochs; those in use have not.
@@ -27,11 +28,11 @@ fn what_does_not_fit_leaves_nothing_and_stops_nobody() {
     // Nor does it if it is tried again and again, and it changes nothing of what was there.
     let big = Frontend {
         lingering: ["10.42.9.9:53".parse().expect("an address")].into(),
-        ..frontend("b", many(2, 6))
+        ..frontend("b", many(2, 12))
     };
     for _ in 0..3 {
         let error = writer.apply(&upserts(vec![(b, big.clone())])).expect_err("there is no room");
-        assert!(format!("{error:#}").contains("write the endpoint 10.42.1.6:2"), "{error:#}");
+        assert!(format!("{error:#}").contains("write the endpoints 10.42.1.9:2, 10.42.1.10:2"), "{error:#}");
         let mut after = bpffs.state();
         assert!(live(&after, &after.epochs));
         after.epochs.clone_from(&before.epochs);
@@ -53,7 +54,7 @@ fn what_does_not_fit_leaves_nothing_and_stops_nobody() {
     assert_eq!(state.names.len(), 2);
     writer.apply(&diff).expect("now there is room");
     let state = bpffs.state();
-    assert_eq!(state.slot4.len(), 7);
+    assert_eq!(state.slot4.len(), 13);
     assert!(live(&state, &state.epochs));
     // The accounts are right: all of it goes again.
     writer.apply(&Diff { upserts: vec![], deletes: vec![b, c] }).expect("delete");
