@@ -14,6 +14,7 @@ use std::net::{IpAddr, SocketAddr};
 use std::path::PathBuf;
 use std::str::FromStr;
 use std::time::Duration;
+use tracing_subscriber::EnvFilter;
 
 pub use conntrack::ConntrackArgs;
 pub use install::{CleanupArgs, InstallArgs, OptionalDir};
@@ -262,6 +263,14 @@ impl RunArgs {
             external_ips: self.external_ips,
         }
     }
+}
+
+/// What is logged: `RUST_LOG`, or what a person needs. The API client's own lines only where they are asked for by name: it
+/// has one or two for each attempt, and we say it once.
+pub fn log_filter(asked: Option<&str>) -> EnvFilter {
+    let asked = asked.filter(|asked| !asked.trim().is_empty()).unwrap_or("info");
+    let quiet = if asked.contains("kube") { "" } else { ",kube_client=off,kube_runtime=off" };
+    EnvFilter::builder().parse_lossy(format!("{asked}{quiet}"))
 }
 
 /// A duration as Go writes it: `24h`, `1h0m0s`, `1.5s`.

@@ -146,11 +146,7 @@ impl Builder<'_> {
         };
         Frontend {
             lingering,
-            service: ServicePort {
-                namespace: self.name.namespace().into(),
-                name: self.name.name().into(),
-                port: self.port.name.clone().into(),
-            },
+            service: ServicePort { service: self.name.clone(), port: self.port.name.clone() },
             kind,
             internal,
             external,

@@ -23,6 +23,8 @@ pub struct Sample {
     pub labels: Vec<(&'static str, String)>,
     /// The value.
     pub value: f64,
+    /// Which part of a histogram.
+    part: &'static str,
 }
 
 /// How a value behaves over time.
@@ -32,12 +34,14 @@ pub enum Kind {
     Counter,
     /// Goes up and down.
     Gauge,
+    /// [`Histogram::samples`].
+    Histogram,
 }
 
 impl Sample {
     /// A value without labels.
     pub fn new(name: &'static str, help: &'static str, kind: Kind, value: f64) -> Self {
-        Self { name, help, kind, labels: Vec::new(), value }
+        Self { name, help, kind, labels: Vec::new(), value, part: "" }
     }
 
     /// So much of Services that is not served, for that reason: the one that Kubernetes Events have.
@@ -131,14 +135,7 @@ impl Metrics {
 
     /// The text of `/metrics`.
     pub fn render(&self, health: &Health) -> String {
-        let mut text = String::new();
-        let sync = self.sync().clone();
-        let help = "Time that writing a set of changes took";
-        sync.duration.render(&mut text, "kubeproxy_sync_proxy_rules_duration_seconds", help);
-        let help = "Time from a change of endpoints to the kernel's knowing it";
-        sync.programming.render(&mut text, "kubeproxy_network_programming_duration_seconds", help);
-
-        let mut samples = self.own(&sync, health);
+        let mut samples = self.own(&self.sync().clone(), health);
         for collector in self.0.collectors.lock().unwrap_or_else(PoisonError::into_inner).iter() {
             samples.extend(collector());
         }
@@ -149,14 +146,19 @@ impl Metrics {
             places.entry(sample.name).or_insert(next);
         }
         samples.sort_by_key(|sample| places[sample.name]);
-        let mut last = "";
+        let (mut text, mut last) = (String::new(), "");
         for sample in &samples {
             if sample.name != last {
-                let kind = if sample.kind == Kind::Counter { "counter" } else { "gauge" };
-                head(&mut text, sample.name, sample.help, kind);
+                let kind = match sample.kind {
+                    Kind::Counter => "counter",
+                    Kind::Gauge => "gauge",
+                    Kind::Histogram => "histogram",
+                };
+                let _ = writeln!(text, "# HELP {0} {1}\n# TYPE {0} {kind}", sample.name, sample.help);
                 last = sample.name;
             }
             text.push_str(sample.name);
+            text.push_str(sample.part);
             for (index, (label, value)) in sample.labels.iter().enumerate() {
                 let value = value.replace('\\', "\\\\").replace('"', "\\\"").replace('\n', "\\n");
                 let _ = write!(text, "{}{label}=\"{value}\"", if index == 0 { '{' } else { ',' });
@@ -189,6 +191,10 @@ impl Metrics {
                 .map(|(code, count)| Sample::new(name, help, Counter, count as f64).with("code", code))
         };
         let mut samples = Vec::new();
+        let help = "Time that writing a set of changes took";
+        samples.extend(sync.duration.samples("kubeproxy_sync_proxy_rules_duration_seconds", help, &[]));
+        let help = "Time from a change of endpoints to the kernel's knowing it";
+        samples.extend(sync.programming.samples("kubeproxy_network_programming_duration_seconds", help, &[]));
         samples.extend([
             Sample::new(
                 "kubeproxy_sync_proxy_rules_last_timestamp_seconds",
@@ -257,22 +263,20 @@ impl std::fmt::Debug for Metrics {
     }
 }
 
-fn head(text: &mut String, name: &str, help: &str, kind: &str) {
-    let _ = writeln!(text, "# HELP {name} {help}\n# TYPE {name} {kind}");
-}
-
 /// Buckets from 1 ms, each twice as wide as the one before.
 const BUCKETS: usize = 16;
 
-#[derive(Clone, Default)]
-struct Histogram {
+/// How often a duration was how long.
+#[derive(Clone, Debug, Default)]
+pub struct Histogram {
     buckets: [u64; BUCKETS],
     count: u64,
     sum: f64,
 }
 
 impl Histogram {
-    fn observe(&mut self, value: Duration) {
+    /// Adds a duration.
+    pub fn observe(&mut self, value: Duration) {
         let value = value.as_secs_f64();
         for (bound, bucket) in Self::bounds().zip(&mut self.buckets) {
             *bucket += u64::from(value <= bound);
@@ -285,13 +289,22 @@ impl Histogram {
         (0..BUCKETS as i32).map(|index| 0.001 * 2f64.powi(index))
     }
 
-    fn render(&self, text: &mut String, name: &str, help: &str) {
-        head(text, name, help, "histogram");
-        for (bound, bucket) in Self::bounds().zip(self.buckets) {
-            let _ = writeln!(text, "{name}_bucket{{le=\"{bound}\"}} {bucket}");
-        }
-        let _ = writeln!(text, "{name}_bucket{{le=\"+Inf\"}} {}", self.count);
-        let _ = writeln!(text, "{name}_sum {}\n{name}_count {}", self.sum, self.count);
+    /// All that there is to say of it.
+    pub fn samples<'a>(
+        &'a self,
+        name: &'static str,
+        help: &'static str,
+        labels: &'a [(&'static str, String)],
+    ) -> impl Iterator<Item = Sample> + 'a {
+        let sample = move |part, value| {
+            let labels = labels.to_vec();
+            Sample { name, help, kind: Kind::Histogram, labels, value, part }
+        };
+        let bounds = Self::bounds().map(|bound| bound.to_string()).chain(["+Inf".to_owned()]);
+        let counts = self.buckets.iter().chain([&self.count]);
+        let buckets =
+            bounds.zip(counts).map(move |(le, count)| sample("_bucket", *count as f64).with("le", le));
+        buckets.chain([sample("_sum", self.sum), sample("_count", self.count as f64)])
     }
 }
 

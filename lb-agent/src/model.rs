@@ -2,8 +2,9 @@
 //!
 //! [`crate::desired`] produces it from Kubernetes objects, [`crate::kernel`] writes the difference.
 
+use crate::store::ObjectName;
 use ipnet::IpNet;
-use std::net::SocketAddr;
+use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -35,20 +36,19 @@ impl std::fmt::Display for Protocol {
     }
 }
 
-/// A Service's port: `namespace/name:port` (the port name may be empty).
+/// A Service's port: `namespace/name:port` (the port name may be empty). Copies share the text: each is kept in several
+/// places.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct ServicePort {
-    /// Namespace of the Service.
-    pub namespace: String,
-    /// Name of the Service.
-    pub name: String,
+    /// The Service.
+    pub service: ObjectName,
     /// `spec.ports[].name`, empty where the only port has none.
-    pub port: String,
+    pub port: Arc<str>,
 }
 
 impl std::fmt::Display for ServicePort {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        write!(f, "{}/{}", self.namespace, self.name)?;
+        write!(f, "{}", self.service)?;
         if !self.port.is_empty() {
             write!(f, ":{}", self.port)?;
         }
@@ -78,13 +78,25 @@ pub struct FrontendAddr {
     pub protocol: Protocol,
 }
 
-/// One backend of a frontend.
+/// One backend of a frontend. There are more of these than of anything else, and a [`SocketAddr`] is half as large again.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct Endpoint {
-    /// Address and port that packets are sent on to.
-    pub addr: SocketAddr,
+    ip: IpAddr,
+    port: u16,
     /// Whether it runs on this node: then an outside client's address is kept.
     pub local: bool,
+}
+
+impl Endpoint {
+    /// With address and port that packets are sent on to.
+    pub const fn new(addr: SocketAddr, local: bool) -> Self {
+        Self { ip: addr.ip(), port: addr.port(), local }
+    }
+
+    /// Address and port that packets are sent on to.
+    pub const fn addr(&self) -> SocketAddr {
+        SocketAddr::new(self.ip, self.port)
+    }
 }
 
 /// The endpoints that one class of clients may be sent to.

@@ -17,7 +17,9 @@ use crate::kernel::sweep::Sweeper;
 use crate::kernel::tables::Tables;
 use crate::kernel::writer::MapWriter;
 use crate::masq_config::{ConfigFile, MasqConfig};
+use crate::memory;
 use crate::metrics::{Collector, Kind, Sample};
+use crate::source::kube::{Access, Cluster};
 use crate::source::{self, Event};
 use crate::store::Change;
 use crate::sync::{self, Reports};
@@ -75,6 +77,9 @@ pub async fn run(args: RunArgs) -> Result<()> {
     let reports = Reports { events: source.events(&node_name), ..Reports::default() };
     let sweeper = Sweeper::open(&pins, args.conntrack.timeouts())?;
     measure(&reports, Tables::open(&pins)?, &sweeper);
+    if let Some(samples) = source.samples() {
+        reports.metrics.collect(samples);
+    }
     report(&args, &node_name, reports.clone());
 
     let (events, receiver) = mpsc::channel(source::QUEUE);
@@ -87,6 +92,7 @@ pub async fn run(args: RunArgs) -> Result<()> {
     let attacher = programs::pin(&mut ebpf, &pins, features)?;
     // What is attached and pinned stays; the rest is memory.
     drop(ebpf);
+    memory::give_back();
     let writer = Beside::new(writer, Guard::start(&pins)?);
     let devices = devices(&args, attacher, pins, events.clone());
     keep_plugin(&args)?;
@@ -206,31 +212,41 @@ fn devices(args: &RunArgs, attacher: Attacher, pins: Pins, events: source::Sende
 /// A source that can be reached as far as can be told from here.
 enum Source {
     Manifests(PathBuf),
-    Cluster(kube::Client),
+    Cluster(Cluster),
 }
 
 impl Source {
     async fn open(source: SourceArgs) -> Result<Self> {
-        use source::kube::Access;
-        let (access, master) = match &source {
+        let (access, master) = match source {
             SourceArgs::Manifests(dir) => {
-                let listed = std::fs::read_dir(dir);
+                let listed = std::fs::read_dir(&dir);
                 listed.with_context(|| format!("read the manifests in {} (--manifests)", dir.display()))?;
-                return Ok(Self::Manifests(dir.clone()));
+                return Ok(Self::Manifests(dir));
             }
-            SourceArgs::Kubeconfig(path, master) => (Access::Kubeconfig(path), master.as_deref()),
-            SourceArgs::InCluster(master) => (Access::InCluster, master.as_deref()),
-            SourceArgs::Master(master) => (Access::Anonymous, Some(master.as_str())),
+            SourceArgs::Kubeconfig(path, master) => (Access::Kubeconfig(path), master),
+            SourceArgs::InCluster(master) => (Access::InCluster, master),
+            SourceArgs::Master(master) => (Access::Anonymous, Some(master)),
         };
-        let client = source::kube::client(access, master).await;
-        client.context("set up access to the API server").map(Self::Cluster)
+        let cluster = Cluster::open(access, master.as_deref()).await;
+        cluster.context("set up access to the API server").map(Self::Cluster)
     }
 
     /// Where to send Kubernetes Events: without an API server, nowhere.
     fn events(&self, node_name: &str) -> Events {
         match self {
             Self::Manifests(_) => Events::default(),
-            Self::Cluster(client) => Events::start(client.clone(), node_name),
+            Self::Cluster(cluster) => Events::start(cluster.client(), node_name),
+        }
+    }
+
+    /// How the requests to it go.
+    fn samples(&self) -> Option<Collector> {
+        match self {
+            Self::Manifests(_) => None,
+            Self::Cluster(cluster) => {
+                let cluster = cluster.clone();
+                Some(Box::new(move || cluster.samples()))
+            }
         }
     }
 
@@ -242,10 +258,13 @@ impl Source {
                     source::manifests::run(&dir, &node_name, events).await.context("read the manifests")
                 })
             }
-            Self::Cluster(client) => tokio::spawn(async move {
-                source::kube::run(client, &node_name, source::kube::Scope::default(), events).await;
-                Ok(())
-            }),
+            Self::Cluster(cluster) => {
+                info!("watching the API server {}", cluster.url());
+                tokio::spawn(async move {
+                    source::kube::run(cluster, &node_name, source::kube::Scope::default(), events).await;
+                    Ok(())
+                })
+            }
         }
     }
 }

@@ -6,6 +6,7 @@ use crate::desired::{Config, NodePortAddresses, Reconciler};
 use crate::events::Events;
 use crate::health::services::addresses;
 use crate::health::{Health, ServiceChecks};
+use crate::memory;
 use crate::metrics::Metrics;
 use crate::model::FrontendAddr;
 use crate::source::Event;
@@ -23,6 +24,9 @@ pub use crate::desired::Diff;
 const REST: std::ops::RangeInclusive<Duration> = Duration::from_millis(5)..=Duration::from_secs(1);
 /// Between attempts to write, doubled at each.
 const RETRY: std::ops::RangeInclusive<Duration> = Duration::from_millis(100)..=Duration::from_secs(5);
+
+/// So many Services at once take memory that is not needed later.
+const MANY: usize = 500;
 
 /// Brings differences into the kernel.
 pub trait Writer: Send {
@@ -226,6 +230,9 @@ impl<W: Writer> Loop<W> {
             );
         }
         let done = std::mem::take(&mut self.pending);
+        if computed > MANY {
+            memory::give_back();
+        }
         self.reports.metrics.synced(took, totals, &done.triggers);
         self.reports.health.synced();
         self.dirty = false;

@@ -2,10 +2,9 @@
 
 use anyhow::Result;
 use clap::{Parser, Subcommand};
-use lb_agent::cli::{CleanupArgs, InstallArgs, RunArgs};
+use lb_agent::cli::{CleanupArgs, InstallArgs, RunArgs, log_filter};
 use lb_agent::{install, kube_proxy};
 use std::process::ExitCode;
-use tracing_subscriber::EnvFilter;
 
 #[derive(Parser)]
 #[command(
@@ -33,7 +32,7 @@ enum Command {
 
 fn main() -> ExitCode {
     let cli = Cli::parse();
-    let filter = EnvFilter::try_from_default_env().unwrap_or_else(|_| EnvFilter::new("info"));
+    let filter = log_filter(std::env::var("RUST_LOG").ok().as_deref());
     let colour = std::io::IsTerminal::is_terminal(&std::io::stderr());
     tracing_subscriber::fmt()
         .with_env_filter(filter)

@@ -24,8 +24,9 @@ impl Categorized {
     ) -> Self {
         let mut all: BTreeMap<SocketAddr, Candidate<'_>> = BTreeMap::new();
         for slice in slices {
-            let joins =
-                |other: &&crate::store::SlicePort| other.name == port.name && other.protocol == port.protocol;
+            let joins = |other: &&crate::store::SlicePort| {
+                *other.name == *port.name && other.protocol == port.protocol
+            };
             let Some(port) = slice.ports.iter().find(joins) else { continue };
             for endpoint in slice.endpoints.iter().filter(|endpoint| endpoint.ip.is_ipv4() == v4) {
                 let new = Candidate { endpoint, zones: slice.zone_hints(endpoint) };
@@ -52,7 +53,7 @@ impl Categorized {
     pub(super) fn lingering(&self, sets: [&EndpointSet; 2]) -> Arc<[SocketAddr]> {
         let in_a_set = |addr: &SocketAddr| {
             sets.into_iter().any(|set| match set {
-                EndpointSet::Endpoints(list) => list.binary_search_by_key(addr, |e| e.addr).is_ok(),
+                EndpointSet::Endpoints(list) => list.binary_search_by_key(addr, Endpoint::addr).is_ok(),
                 EndpointSet::Reject | EndpointSet::Drop => false,
             })
         };
@@ -92,7 +93,7 @@ fn terminating(endpoint: &Candidate<'_>) -> bool {
 
 fn pick(all: &BTreeMap<SocketAddr, Candidate<'_>>, wanted: impl Fn(&Candidate<'_>) -> bool) -> Vec<Endpoint> {
     let wanted = all.iter().filter(|(_, endpoint)| wanted(endpoint));
-    wanted.map(|(addr, endpoint)| Endpoint { addr: *addr, local: endpoint.local }).collect()
+    wanted.map(|(addr, endpoint)| Endpoint::new(*addr, endpoint.local)).collect()
 }
 
 fn or_else(endpoints: Vec<Endpoint>, others: impl FnOnce() -> Vec<Endpoint>) -> Vec<Endpoint> {

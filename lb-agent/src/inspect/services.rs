@@ -73,15 +73,15 @@ fn family<A: NodeAddr>(family: &Family<A>, names: &HashMap<u32, ServicePort>) ->
         if value.flags & Value::ADDRESS != 0 {
             continue;
         }
-        let service = names.get(&value.service).cloned().unwrap_or_else(|| ServicePort {
-            namespace: String::new(),
-            name: format!("#{}", value.service),
-            port: String::new(),
-        });
+        let service = names.get(&value.service);
+        let (namespace, name, port) = match service {
+            Some(ServicePort { service, port }) => (service.namespace(), service.name().to_owned(), &**port),
+            None => ("", format!("#{}", value.service), ""),
+        };
         all.push(Frontend {
-            namespace: service.namespace,
-            name: service.name,
-            port: service.port,
+            namespace: namespace.into(),
+            name,
+            port: port.into(),
             kind: match value.kind {
                 1 => "ClusterIP",
                 2 => "NodePort",

@@ -3,19 +3,23 @@
 //! Deletions are believed in two cases only: the server says so, or a new list is complete and lacks the object.
 //! An API server that goes away therefore changes nothing.
 
+mod access;
+mod link;
+
+pub use access::{Access, Cluster};
+
 use super::{Event, Sender};
+use crate::objects::{EndpointSlice, Node as NodeObject, Service};
 use crate::store::{Change, Node, ObjectName, Slice};
 use ::kube::api::Api;
-use ::kube::config::{KubeConfigOptions, Kubeconfig};
+use ::kube::core::{NamespaceResourceScope, Status};
 use ::kube::runtime::{WatchStreamExt, watcher};
-use ::kube::{Client, Config, Resource, ResourceExt};
+use ::kube::{Resource, ResourceExt};
 use futures::StreamExt;
-use k8s_openapi::api::core::v1 as core;
-use k8s_openapi::api::discovery::v1::EndpointSlice;
 use serde::de::DeserializeOwned;
 use std::collections::HashSet;
 use std::fmt::Debug;
-use std::path::Path;
+use std::hash::{BuildHasher as _, Hasher as _, RandomState};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
@@ -26,12 +30,12 @@ use tracing::{debug, info, warn};
 const SERVICES: &str = "!service.kubernetes.io/headless,!service.kubernetes.io/service-proxy-name";
 const SLICES: &str = "!service.kubernetes.io/headless";
 
-/// Bookmarks arrive every minute, so a connection that is silent for longer is dead.
-const SILENCE: Duration = Duration::from_secs(90);
 /// An old server takes a streaming list for an ordinary watch and never says that the list is complete.
 const STREAMING_PATIENCE: Duration = Duration::from_secs(5);
-/// Before a list is started over by us; [`watcher`]'s own attempts have their back-off.
+/// Before a list is started over by us, doubled at each; [`watcher`]'s own attempts have their back-off.
 const PAUSE: Duration = Duration::from_secs(1);
+/// So many lists in a row that were lost before they were complete.
+const LOST_PAGES: u32 = 3;
 /// Objects in one page of a list: whole objects are large, and a page of them is in memory at once.
 const PAGE: u32 = 250;
 /// Events handed over together.
@@ -49,47 +53,17 @@ pub enum Error {
     /// The address of the API server is not a URL.
     #[error("--master {0:?} is not a URL like https://10.0.0.1:6443")]
     Master(String),
+    /// A file of certificates has none.
+    #[error("there is no certificate in the file of the cluster's authority")]
+    NoCertificate,
+    /// The kubeconfig file asks for a proxy.
+    #[error(
+        "kubeconfig {0}: proxy-url is not supported: the agent has to reach the API server before any Service works"
+    )]
+    Proxy(String),
     /// Certificates or keys do not work.
     #[error("cannot set up the connection to the API server: {0}")]
     Client(#[source] ::kube::Error),
-}
-
-/// Where the API server is and how to be let in.
-#[derive(Clone, Copy, Debug)]
-pub enum Access<'a> {
-    /// What a kubeconfig file says.
-    Kubeconfig(&'a Path),
-    /// What the cluster gives its pods.
-    InCluster,
-    /// No credentials.
-    Anonymous,
-}
-
-/// A client for the API server; `master` overrides the address.
-///
-/// # Errors
-/// If the configuration is unusable. That the server cannot be reached is not an error: it may come.
-pub async fn client(access: Access<'_>, master: Option<&str>) -> Result<Client, Error> {
-    let url = master.map(|url| {
-        let parsed = url.parse::<hyper::Uri>().ok().filter(|uri| uri.scheme().is_some());
-        parsed.ok_or_else(|| Error::Master(url.into()))
-    });
-    let url = url.transpose()?;
-    let mut config = match access {
-        Access::Kubeconfig(path) => {
-            let fail = |error| Error::Kubeconfig(path.display().to_string(), error);
-            let kubeconfig = Kubeconfig::read_from(path).map_err(fail)?;
-            Config::from_custom_kubeconfig(kubeconfig, &KubeConfigOptions::default()).await.map_err(fail)?
-        }
-        Access::InCluster => Config::incluster().map_err(Error::InCluster)?,
-        Access::Anonymous => Config::new(url.clone().ok_or_else(|| Error::Master(String::new()))?),
-    };
-    if let Some(url) = url {
-        config.cluster_url = url;
-    }
-    config.connect_timeout = Some(Duration::from_secs(10));
-    config.read_timeout = Some(SILENCE);
-    Client::try_from(config).map_err(Error::Client)
 }
 
 /// Which part of a cluster to watch.
@@ -100,15 +74,18 @@ pub struct Scope {
 }
 
 /// Watches Services, EndpointSlices and this Node until the receiver is dropped.
-pub async fn run(client: Client, node_name: &str, scope: Scope, events: Sender) {
-    let services: Api<core::Service> = api(&client, &scope);
-    let slices: Api<EndpointSlice> = api(&client, &scope);
-    let nodes: Api<core::Node> = Api::all(client);
+pub async fn run(cluster: Cluster, node_name: &str, scope: Scope, events: Sender) {
+    let services: Api<Service> = api(&cluster, &scope);
+    let slices: Api<EndpointSlice> = api(&cluster, &scope);
+    let nodes: Api<NodeObject> = Api::all(cluster.watching());
     let unlisted = Arc::new(AtomicUsize::new(3));
-    let task = |what, selector| Task { what, selector, unlisted: unlisted.clone(), events: events.clone() };
+    let task = |what, selector| {
+        let (cluster, unlisted, events) = (cluster.clone(), Arc::clone(&unlisted), events.clone());
+        Task { what, selector, cluster, unlisted, events }
+    };
 
     let of_services = watcher::Config::default().labels(SERVICES);
-    let services = task("Services", of_services).run(services, |name, service: Option<&core::Service>| {
+    let services = task("Services", of_services).run(services, |name, service: Option<&Service>| {
         Change::Service(name, service.map(|service| Arc::new(service.into())))
     });
     let of_slices = watcher::Config::default().labels(SLICES);
@@ -117,17 +94,17 @@ pub async fn run(client: Client, node_name: &str, scope: Scope, events: Sender) 
     });
     let of_node = watcher::Config::default().fields(&format!("metadata.name={node_name}"));
     let node = task("this Node", of_node)
-        .run(nodes, |_, node: Option<&core::Node>| Change::Node(node.map(Node::from)));
+        .run(nodes, |_, node: Option<&NodeObject>| Change::Node(node.map(Node::from)));
     futures::join!(services, slices, node);
 }
 
-fn api<K>(client: &Client, scope: &Scope) -> Api<K>
+fn api<K>(cluster: &Cluster, scope: &Scope) -> Api<K>
 where
-    K: Resource<DynamicType = (), Scope = ::kube::core::NamespaceResourceScope>,
+    K: Resource<DynamicType = (), Scope = NamespaceResourceScope>,
 {
     match &scope.namespace {
-        Some(namespace) => Api::namespaced(client.clone(), namespace),
-        None => Api::all(client.clone()),
+        Some(namespace) => Api::namespaced(cluster.watching(), namespace),
+        None => Api::all(cluster.watching()),
     }
 }
 
@@ -135,6 +112,7 @@ where
 struct Task {
     what: &'static str,
     selector: watcher::Config,
+    cluster: Cluster,
     /// Kinds whose first list is not complete yet.
     unlisted: Arc<AtomicUsize>,
     events: Sender,
@@ -142,8 +120,10 @@ struct Task {
 
 /// Why a watcher has to be thrown away.
 enum Restart {
-    /// The server does not know streaming lists, or we need a list that is certainly recent.
-    List,
+    /// The server does not know streaming lists.
+    NoStreaming,
+    /// What we would go on from is gone: a list that is certainly recent is needed.
+    Gone,
     /// Nobody listens any more.
     Stop,
 }
@@ -155,8 +135,10 @@ struct Known {
     /// The names of the list in progress.
     listing: HashSet<ObjectName>,
     listed_once: bool,
-    /// The server could not be reached, and that has been said.
-    failing: bool,
+    /// A list was completed since the last one was lost.
+    completed: bool,
+    /// The server will not have us watch it, and that has been said.
+    refused: bool,
 }
 
 impl Task {
@@ -168,14 +150,21 @@ impl Task {
         // A streaming list costs neither side a buffer, but may come from a cache that is older than what we have
         // seen already. That does not matter for the first list; all others are consistent reads.
         let mut config = self.selector.clone().streaming_lists();
+        let mut lost = 0;
         loop {
-            let streaming = config.initial_list_strategy == watcher::InitialListStrategy::StreamingList;
             let stream = watcher(api.clone(), config).default_backoff().ready_chunks(BATCH);
+            let streaming = !known.listed_once && lost == 0;
             match self.follow(Box::pin(stream), streaming, &mut known, &convert).await {
                 Restart::Stop => return,
-                Restart::List => sleep(if streaming { Duration::ZERO } else { PAUSE }).await,
+                Restart::NoStreaming => lost = 1,
+                Restart::Gone => {
+                    lost = if std::mem::take(&mut known.completed) { 1 } else { lost + 1 };
+                    sleep(pause(lost)).await;
+                }
             }
-            config = self.selector.clone().page_size(PAGE);
+            config = self.selector.clone();
+            // Where even the pages of a list grow too old before the last one has come, it has to be one.
+            config.page_size = (lost < LOST_PAGES).then_some(PAGE);
         }
     }
 
@@ -190,12 +179,12 @@ impl Task {
         K: Resource<DynamicType = ()>,
         S: futures::Stream<Item = Vec<watcher::Result<watcher::Event<K>>>> + Unpin,
     {
-        let mut first_list = streaming;
+        let (mut first_list, mut open) = (streaming, false);
         loop {
-            let patience = if first_list { STREAMING_PATIENCE } else { Duration::MAX };
+            let patience = if first_list && open { STREAMING_PATIENCE } else { Duration::MAX };
             let Ok(Some(chunk)) = timeout(patience, stream.next()).await else {
                 debug!("{}: no end of the streaming list in sight, using an ordinary one", self.what);
-                return Restart::List;
+                return Restart::NoStreaming;
             };
             let mut changes = Vec::with_capacity(chunk.len());
             let mut complete = false;
@@ -203,16 +192,22 @@ impl Task {
             for event in chunk {
                 match event {
                     Ok(event) => {
-                        // `Init` comes before the server is asked.
-                        let alive = !matches!(event, watcher::Event::Init);
-                        if alive && std::mem::take(&mut known.failing) {
-                            info!("{}: the API server is back", self.what);
+                        // Of an ordinary list, `Init` comes before the server is asked.
+                        let works = streaming || !matches!(event, watcher::Event::Init);
+                        open |= works;
+                        if works && std::mem::take(&mut known.refused) {
+                            self.cluster.link.refused(self.what, false);
+                            info!("{}: can be watched now", self.what);
                         }
                         complete |= known.take(event, &mut changes, convert);
                     }
                     Err(error) => {
-                        self.report(&error, known);
-                        restart = restart.or(needs_list(&error, first_list).then_some(Restart::List));
+                        restart = restart.or(remedy(&error, first_list));
+                        if restart.is_none() {
+                            self.report(&error, known).await;
+                        } else {
+                            debug!("{}: {error}", self.what);
+                        }
                     }
                 }
             }
@@ -231,7 +226,10 @@ impl Task {
 
     /// A list is complete. Returns whether anybody listens.
     async fn completed(&self, known: &mut Known) -> bool {
+        self.cluster.link.listed(self.what);
+        known.completed = true;
         if std::mem::replace(&mut known.listed_once, true) {
+            debug!("{}: {} listed again", self.what, known.names.len());
             return true;
         }
         info!("{}: {} listed", self.what, known.names.len());
@@ -241,19 +239,25 @@ impl Task {
         self.events.send(Event::Synced { partial: false }).await.is_ok()
     }
 
-    fn report(&self, error: &watcher::Error, known: &mut Known) {
-        use watcher::Error::{InitialListFailed, WatchStartFailed};
-        // The end of a connection is everyday business; that no new one can be had is not.
-        let serious =
-            matches!(error, InitialListFailed(_) | WatchStartFailed(_)) && status(error) != Some(410);
-        if !serious || std::mem::replace(&mut known.failing, true) {
+    /// That the server cannot be reached, [`link`] says for all kinds; here is what concerns this one.
+    async fn report(&self, error: &watcher::Error, known: &mut Known) {
+        let refusal = refusal(error);
+        let Some(status) = refusal.filter(|_| !std::mem::replace(&mut known.refused, true)) else {
             return debug!("{}: {error}", self.what);
-        }
-        let advice = match status(error) {
-            Some(401 | 403) => " (the agent needs get, list and watch on services, endpointslices and nodes)",
-            _ => "",
         };
-        warn!("{}: {error}{advice}; what is known stays served, trying again", self.what);
+        self.cluster.link.refused(self.what, true);
+        let advice = match status.code {
+            403 => " (the agent needs get, list and watch on services, endpointslices and nodes)".into(),
+            404 => {
+                let version = self.cluster.client().apiserver_version().await;
+                let version =
+                    version.map_or_else(|_| "of some other version".into(), |info| info.git_version);
+                format!(" (Kubernetes 1.21 or later is needed; this API server is {version})")
+            }
+            _ => String::new(),
+        };
+        let message = status.message.trim();
+        warn!("{}: refused by the API server ({}): {message}{advice}; trying again", self.what, status.code);
     }
 }
 
@@ -298,23 +302,37 @@ impl Known {
 }
 
 /// Whether only a new watcher helps.
-fn needs_list(error: &watcher::Error, first_list: bool) -> bool {
-    match status(error) {
+fn remedy(error: &watcher::Error, first_list: bool) -> Option<Restart> {
+    match status(error)?.code {
         // The version that we would continue from is gone. `watcher` notices that in an event of the stream but goes
         // on asking for ever where the server refuses the whole request.
-        Some(410) => true,
+        410 => Some(Restart::Gone),
         // A server that does not know or allow streaming lists.
-        Some(code) => first_list && (400..500).contains(&code) && !matches!(code, 401 | 403 | 429),
-        None => false,
+        401 | 403 | 429 => None,
+        400..500 if first_list => Some(Restart::NoStreaming),
+        _ => None,
     }
 }
 
-fn status(error: &watcher::Error) -> Option<u16> {
+/// What the server has against the request itself. (That it does not know us or has no time concerns all requests.)
+fn refusal(error: &watcher::Error) -> Option<&Status> {
+    status(error)
+        .filter(|status| (400..500).contains(&status.code) && !matches!(status.code, 401 | 410 | 429))
+}
+
+fn status(error: &watcher::Error) -> Option<&Status> {
     match error {
         watcher::Error::InitialListFailed(::kube::Error::Api(status))
         | watcher::Error::WatchStartFailed(::kube::Error::Api(status))
         | watcher::Error::WatchFailed(::kube::Error::Api(status))
-        | watcher::Error::WatchError(status) => Some(status.code),
+        | watcher::Error::WatchError(status) => Some(status),
         _ => None,
     }
+}
+
+/// Before the so-manieth list in a row is started over: every agent of a cluster may have lost its place at once.
+fn pause(lost: u32) -> Duration {
+    let random = RandomState::new().build_hasher().finish() as f64 / u64::MAX as f64;
+    let most = PAUSE * (1 << lost.saturating_sub(1).min(5));
+    most.mul_f64(0.5 + random / 2.0)
 }

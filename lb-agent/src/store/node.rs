@@ -1,8 +1,8 @@
 //! This node.
 
 use super::service::usable_ip;
+use crate::objects::{self, label};
 use ipnet::IpNet;
-use k8s_openapi::api::core::v1 as core;
 use std::collections::BTreeSet;
 use std::net::IpAddr;
 
@@ -28,8 +28,8 @@ impl Default for Node {
     }
 }
 
-impl From<&core::Node> for Node {
-    fn from(node: &core::Node) -> Self {
+impl From<&objects::Node> for Node {
+    fn from(node: &objects::Node) -> Self {
         let labels = node.metadata.labels.as_ref();
         let spec = node.spec.as_ref();
         let taints = spec.and_then(|spec| spec.taints.as_ref());
@@ -38,9 +38,7 @@ impl From<&core::Node> for Node {
         let cidrs =
             spec.and_then(|spec| spec.pod_cidrs.clone().or(spec.pod_cidr.clone().map(|cidr| vec![cidr])));
         Self {
-            zone: labels
-                .and_then(|labels| labels.get("topology.kubernetes.io/zone"))
-                .map(|zone| zone.as_str().into()),
+            zone: labels.and_then(|labels| labels.get(label::ZONE)).map(|zone| zone.as_str().into()),
             addresses: of_type("InternalIP")
                 .chain(of_type("ExternalIP"))
                 .filter_map(|address| usable_ip(&address.address))

@@ -2,15 +2,11 @@
 
 use super::Warning;
 use crate::model::Protocol;
+use crate::objects::{self, label};
 use ipnet::IpNet;
-use k8s_openapi::api::core::v1 as core;
 use std::net::IpAddr;
+use std::sync::Arc;
 use std::time::Duration;
-
-/// Serve only by a proxy of that name; we have none.
-const PROXY_NAME: &str = "service.kubernetes.io/service-proxy-name";
-/// Not meant for service proxies.
-pub(super) const HEADLESS: &str = "service.kubernetes.io/headless";
 
 /// What is used of a Service.
 ///
@@ -45,7 +41,7 @@ pub struct Service {
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Port {
     /// Name, empty where there is none.
-    pub name: Box<str>,
+    pub name: Arc<str>,
     /// Protocol.
     pub protocol: Protocol,
     /// The port of the Service's own addresses.
@@ -66,8 +62,8 @@ impl Service {
     }
 }
 
-impl From<&core::Service> for Service {
-    fn from(service: &core::Service) -> Self {
+impl From<&objects::Service> for Service {
+    fn from(service: &objects::Service) -> Self {
         let labels = service.metadata.labels.as_ref();
         let labelled = |label| labels.is_some_and(|labels| labels.contains_key(label));
         let created = service.metadata.creation_timestamp.as_ref().map_or(0, |time| time.0.as_second());
@@ -75,7 +71,7 @@ impl From<&core::Service> for Service {
         let Some(spec) = service.spec.as_ref() else { return unserved };
         let kind = spec.type_.as_deref().unwrap_or("ClusterIP");
         let headless = spec.cluster_ip.as_deref() == Some("None");
-        if headless || kind == "ExternalName" || labelled(PROXY_NAME) || labelled(HEADLESS) {
+        if headless || kind == "ExternalName" || labelled(label::PROXY_NAME) || labelled(label::HEADLESS) {
             return unserved;
         }
 
@@ -125,7 +121,7 @@ impl From<&core::Service> for Service {
 }
 
 impl Port {
-    fn new(port: &core::ServicePort, node_ports: bool, warnings: &mut Vec<Warning>) -> Option<Self> {
+    fn new(port: &objects::ServicePort, node_ports: bool, warnings: &mut Vec<Warning>) -> Option<Self> {
         let name = port.name.as_deref().unwrap_or_default();
         let Some(protocol) = protocol(port.protocol.as_deref()) else {
             let protocol = port.protocol.as_deref().unwrap_or_default().into();
@@ -164,7 +160,7 @@ impl Service {
 }
 
 /// `clusterIPs`, or `clusterIP` where a hand-written manifest has only that. One of each family, the first wins.
-fn cluster_ips(spec: &core::ServiceSpec, warnings: &mut Vec<Warning>) -> Box<[IpAddr]> {
+fn cluster_ips(spec: &objects::ServiceSpec, warnings: &mut Vec<Warning>) -> Box<[IpAddr]> {
     let mut ips: Vec<IpAddr> = Vec::new();
     for value in spec.cluster_ips.iter().flatten().chain(&spec.cluster_ip).filter(|ip| !ip.is_empty()) {
         match usable_ip(value) {
@@ -183,7 +179,7 @@ fn cluster_ips(spec: &core::ServiceSpec, warnings: &mut Vec<Warning>) -> Box<[Ip
     ips.into()
 }
 
-fn source_ranges(spec: &core::ServiceSpec, warnings: &mut Vec<Warning>) -> Box<[IpNet]> {
+fn source_ranges(spec: &objects::ServiceSpec, warnings: &mut Vec<Warning>) -> Box<[IpNet]> {
     let mut ranges: Vec<IpNet> = Vec::new();
     for value in spec.load_balancer_source_ranges.iter().flatten() {
         match value.trim().parse() {

@@ -1,14 +1,11 @@
 //! EndpointSlices, cut down.
 
-use super::service::{HEADLESS, port_number, protocol, usable_ip};
+use super::service::{port_number, protocol, usable_ip};
 use super::{ObjectName, Warning};
 use crate::model::Protocol;
-use k8s_openapi::api::discovery::v1 as discovery;
+use crate::objects::{self, label};
 use std::net::IpAddr;
 use std::time::SystemTime;
-
-const SERVICE_NAME: &str = "kubernetes.io/service-name";
-const TRIGGER_TIME: &str = "endpoints.kubernetes.io/last-change-trigger-time";
 
 /// What is used of an EndpointSlice.
 #[derive(Clone, Debug)]
@@ -73,11 +70,11 @@ impl Slice {
     /// Cuts down a slice as seen by the node `node_name`.
     ///
     /// `None`: it belongs to no Service, or asks not to be served.
-    pub fn new(slice: &discovery::EndpointSlice, node_name: &str) -> Option<Self> {
+    pub fn new(slice: &objects::EndpointSlice, node_name: &str) -> Option<Self> {
         let meta = &slice.metadata;
         let labels = meta.labels.as_ref()?;
-        let service = labels.get(SERVICE_NAME).filter(|name| !name.is_empty())?;
-        if labels.contains_key(HEADLESS) {
+        let service = labels.get(label::SERVICE_NAME).filter(|name| !name.is_empty())?;
+        if labels.contains_key(label::HEADLESS) {
             return None;
         }
         let namespace = meta.namespace.as_deref().unwrap_or_default();
@@ -100,7 +97,7 @@ impl Slice {
                 SliceEndpoint::new(endpoint, v4?, node_name, &mut zones, &mut warnings)
             })
             .collect();
-        let trigger = meta.annotations.as_ref().and_then(|annotations| annotations.get(TRIGGER_TIME));
+        let trigger = meta.annotations.as_ref().and_then(|annotations| annotations.get(label::TRIGGER_TIME));
         let trigger = trigger.and_then(|time| time.parse::<k8s_openapi::jiff::Timestamp>().ok());
         Some(Self {
             service: ObjectName::new(namespace, service),
@@ -122,7 +119,7 @@ impl Slice {
 }
 
 impl SlicePort {
-    fn new(port: &discovery::EndpointPort, warnings: &mut Vec<Warning>) -> Option<Self> {
+    fn new(port: &objects::EndpointPort, warnings: &mut Vec<Warning>) -> Option<Self> {
         // Without a number it means "all ports", which is not for service proxies. An unknown protocol cannot match
         // a port of the Service, which is where it is warned of.
         let number = port_number("EndpointSlice ports[].port", port.port?, warnings)?;
@@ -133,7 +130,7 @@ impl SlicePort {
 
 impl SliceEndpoint {
     fn new(
-        endpoint: &discovery::Endpoint,
+        endpoint: &objects::Endpoint,
         v4: bool,
         node_name: &str,
         zone_sets: &mut Vec<Box<[Box<str>]>>,
@@ -141,7 +138,7 @@ impl SliceEndpoint {
     ) -> Option<Self> {
         const FIELD: &str = "EndpointSlice endpoints[].addresses";
         // Further addresses of one endpoint are the same pod again; consumers use the first.
-        let address = endpoint.addresses.first()?;
+        let address = endpoint.addresses.as_ref()?.first()?;
         let ip = match usable_ip(address) {
             None => {
                 warnings.push(Warning::Address { field: FIELD, value: address.as_str().into() });

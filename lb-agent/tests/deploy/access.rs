@@ -2,7 +2,7 @@
 
 use crate::{all, list, of_kind, text};
 use lb_agent::events::Events;
-use lb_agent::source::kube::{Access, Scope, client, run};
+use lb_agent::source::kube::{Access, Cluster, Scope, run};
 use lb_agent::store::{ObjectName, Warning};
 use lb_stand_in::{Api, Right, Streaming};
 use serde_json::json;
@@ -18,10 +18,10 @@ async fn used() -> BTreeSet<Right> {
         let meta = json!({"name": "web", "namespace": "shop"});
         api.apply(json!({"apiVersion": "v1", "kind": "Service", "metadata": meta, "spec": {}}));
         api.apply(json!({"apiVersion": "v1", "kind": "Node", "metadata": {"name": "node-a"}}));
-        let client = client(Access::Anonymous, Some(&api.url())).await.expect("a client");
+        let cluster = Cluster::open(Access::Anonymous, Some(&api.url())).await.expect("a client");
 
         let (send, mut receive) = tokio::sync::mpsc::channel(64);
-        let watching = tokio::spawn(run_source(client.clone(), send));
+        let watching = tokio::spawn(run_source(cluster.clone(), send));
         let watched = async {
             while let Some(event) = receive.recv().await {
                 if matches!(event, lb_agent::source::Event::Synced { .. }) {
@@ -31,7 +31,7 @@ async fn used() -> BTreeSet<Right> {
         };
         tokio::time::timeout(Duration::from_secs(20), watched).await.expect("the lists");
 
-        let events = Events::start(client, "node-a");
+        let events = Events::start(cluster.client(), "node-a");
         let service = ObjectName::new("shop", "web");
         let warning = Warning::Protocol { port: "sig".into(), protocol: "SCTP".into() };
         events.starting();
@@ -46,8 +46,8 @@ async fn used() -> BTreeSet<Right> {
     rights
 }
 
-async fn run_source(client: kube::Client, events: lb_agent::source::Sender) {
-    run(client, "node-a", Scope::default(), events).await;
+async fn run_source(cluster: Cluster, events: lb_agent::source::Sender) {
+    run(cluster, "node-a", Scope::default(), events).await;
 }
 
 #[tokio::test]

@@ -132,7 +132,11 @@ fn age_then_name_decides_and_arrival_does_not() {
             bench.world.service(service, at("2026-01-01T00:00:00Z", "10.96.0.1"));
             bench.write();
         }
-        assert_eq!(bench.reconciler.written().values().next().unwrap().service.name, "a", "{order:?}");
+        assert_eq!(
+            bench.reconciler.written().values().next().unwrap().service.service.name(),
+            "a",
+            "{order:?}"
+        );
     }
 }
 
@@ -145,7 +149,7 @@ fn nobody_takes_over_a_cluster_ip() {
     bench.write();
     bench.world.service("web", at("2026-01-01T00:00:00Z", "10.96.0.1"));
     bench.write();
-    assert_eq!(bench.reconciler.written().values().next().unwrap().service.name, "web");
+    assert_eq!(bench.reconciler.written().values().next().unwrap().service.service.name(), "web");
     assert!(
         bench.warnings[0].starts_with("default/thief: TCP 10.96.0.1:80 is not served"),
         "{:?}",

@@ -1,9 +1,8 @@
 //! What the tests of the core share: objects in few words and frontends as text.
 
-use k8s_openapi::api::core::v1 as core;
-use k8s_openapi::api::discovery::v1::EndpointSlice;
 use lb_agent::desired::{Config, Host, node_port_addresses, service};
 use lb_agent::model::{EndpointSet, Frontend, FrontendAddr};
+use lb_agent::objects;
 use lb_agent::store::{Change, Node, ObjectName, Slice, Store};
 use serde_json::{Value, json};
 use std::sync::Arc;
@@ -27,7 +26,7 @@ pub(crate) fn a_service(at: &str, mut spec: Value) -> Change {
     let (mut metadata, status) = (take("meta"), take("status"));
     metadata["name"] = at.name().into();
     metadata["namespace"] = at.namespace().into();
-    let object: core::Service = from(json!({"metadata": metadata, "spec": spec, "status": status}));
+    let object: objects::Service = from(json!({"metadata": metadata, "spec": spec, "status": status}));
     Change::Service(at, Some(Arc::new((&object).into())))
 }
 
@@ -35,7 +34,7 @@ pub(crate) fn a_service(at: &str, mut spec: Value) -> Change {
 pub(crate) fn a_slice(at: &str, service: &str, ports: Value, endpoints: Value) -> Change {
     let at = name(at);
     let v6 = endpoints[0]["addresses"][0].as_str().is_some_and(|ip| ip.contains(':'));
-    let object: EndpointSlice = from(json!({
+    let object: objects::EndpointSlice = from(json!({
         "metadata": {
             "name": at.name(), "namespace": at.namespace(), "labels": {"kubernetes.io/service-name": service},
         },
@@ -142,7 +141,7 @@ pub(crate) fn show(address: &FrontendAddr, frontend: &Frontend) -> String {
         EndpointSet::Endpoints(endpoints) => {
             assert!(endpoints.is_sorted_by(|a, b| a < b), "sorted, no duplicates: {endpoints:?}");
             let one = |endpoint: &lb_agent::model::Endpoint| {
-                format!("{}{}", endpoint.addr, if endpoint.local { "@" } else { "" })
+                format!("{}{}", endpoint.addr(), if endpoint.local { "@" } else { "" })
             };
             assert!(!endpoints.is_empty());
             endpoints.iter().map(one).collect::<Vec<_>>().join(" ")

@@ -6,7 +6,7 @@ use lb_agent::events::Events;
 use lb_agent::health::{Health, ServiceChecks};
 use lb_agent::model::FrontendAddr;
 use lb_agent::source::Event;
-use lb_agent::source::kube::{Access, client};
+use lb_agent::source::kube::{Access, Cluster};
 use lb_agent::store::{Change, LocalAddresses, ObjectName, Slice};
 use lb_agent::sync::{Reports, Writer, run};
 use lb_stand_in::Api;
@@ -164,8 +164,8 @@ async fn a_port_that_cannot_be_had_is_told_and_waited_for() {
         let meta = json!({"name": name, "namespace": "shop"});
         api.apply(json!({"apiVersion": "v1", "kind": "Service", "metadata": meta, "spec": {}}));
     }
-    let client = client(Access::Anonymous, Some(&api.url())).await.unwrap();
-    let bench = Bench::start(Events::start(client, "node-a"));
+    let cluster = Cluster::open(Access::Anonymous, Some(&api.url())).await.unwrap();
+    let bench = Bench::start(Events::start(cluster.client(), "node-a"));
     let shared = free().await;
     let taken = TcpListener::bind("127.0.0.1:0").await.unwrap();
     let address = taken.local_addr().unwrap();
@@ -246,7 +246,7 @@ async fn the_main_loop_says_what_is_wanted() {
                 "ports": [{"port": 80}, {"name": "sig", "port": 81, "protocol": "SCTP"}],
             },
         });
-        let service: k8s_openapi::api::core::v1::Service = serde_json::from_value(service).unwrap();
+        let service: lb_agent::objects::Service = serde_json::from_value(service).unwrap();
         Change::Service(service_name(), Some(Arc::new((&service).into())))
     };
     let pods = |nodes: &[&str]| {

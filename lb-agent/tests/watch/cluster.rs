@@ -2,16 +2,16 @@
 
 use k8s_openapi::api::core::v1::{Namespace, Node, Service};
 use k8s_openapi::api::discovery::v1::EndpointSlice;
+use kube::Resource;
 use kube::api::{DeleteParams, PostParams};
-use kube::{Client, Resource};
-use lb_agent::source::kube::{Access, client};
+use lb_agent::source::kube::{Access, Cluster as Server};
 use lb_stand_in::Api;
 use serde_json::{Value, json};
 use std::path::Path;
 use std::sync::atomic::{AtomicU32, Ordering};
 
 pub(crate) struct Cluster {
-    pub(crate) client: Client,
+    pub(crate) server: Server,
     pub(crate) namespace: String,
     pub(crate) node: String,
     /// Kept running.
@@ -23,19 +23,19 @@ pub(crate) async fn with_cluster<F: Future<Output = ()> + Send + 'static>(test: 
     static COUNT: AtomicU32 = AtomicU32::new(0);
     let unique = format!("lb-test-{}-{}", std::process::id(), COUNT.fetch_add(1, Ordering::Relaxed));
     let kubeconfig = std::env::var_os("LB_TEST_KUBECONFIG").filter(|path| !path.is_empty());
-    let (client, api) = match &kubeconfig {
+    let (server, api) = match &kubeconfig {
         Some(path) => {
             println!("against the cluster of {}", Path::new(path).display());
-            (client(Access::Kubeconfig(Path::new(path)), None).await.unwrap(), None)
+            (Server::open(Access::Kubeconfig(path.into()), None).await.unwrap(), None)
         }
         None => {
             println!("against the stand-in");
             let api = Api::start().await;
-            (client(Access::Anonymous, Some(&api.url())).await.unwrap(), Some(api))
+            (Server::open(Access::Anonymous, Some(&api.url())).await.unwrap(), Some(api))
         }
     };
-    let namespaces = kube::Api::<Namespace>::all(client.clone());
-    let nodes = kube::Api::<Node>::all(client.clone());
+    let namespaces = kube::Api::<Namespace>::all(server.client());
+    let nodes = kube::Api::<Node>::all(server.client());
     let object =
         |kind: &str, name: &str| json!({"apiVersion": "v1", "kind": kind, "metadata": {"name": name}});
     let namespace: Namespace = from(object("Namespace", &unique));
@@ -45,7 +45,7 @@ pub(crate) async fn with_cluster<F: Future<Output = ()> + Send + 'static>(test: 
     node["spec"] = json!({"podCIDR": "10.42.7.0/24", "podCIDRs": ["10.42.7.0/24"]});
     nodes.create(&PostParams::default(), &from(node)).await.unwrap();
 
-    let cluster = Cluster { client, namespace: unique.clone(), node: unique.clone(), _api: api };
+    let cluster = Cluster { server, namespace: unique.clone(), node: unique.clone(), _api: api };
     let result = tokio::spawn(test(cluster)).await;
     if kubeconfig.is_some() {
         let _ = nodes.delete(&unique, &DeleteParams::default()).await;
@@ -92,7 +92,7 @@ impl Cluster {
             + serde::Serialize
             + serde::de::DeserializeOwned,
     {
-        let api = kube::Api::<K>::namespaced(self.client.clone(), &self.namespace);
+        let api = kube::Api::<K>::namespaced(self.server.client(), &self.namespace);
         let name = object["metadata"]["name"].as_str().unwrap().to_owned();
         let mut wanted: Value = object;
         match api.get_opt(&name).await.unwrap() {
@@ -111,12 +111,12 @@ impl Cluster {
     }
 
     pub(crate) async fn delete_service(&self, name: &str) {
-        let api = kube::Api::<Service>::namespaced(self.client.clone(), &self.namespace);
+        let api = kube::Api::<Service>::namespaced(self.server.client(), &self.namespace);
         api.delete(name, &DeleteParams::default()).await.unwrap();
     }
 
     pub(crate) async fn delete_slice(&self, name: &str) {
-        let api = kube::Api::<EndpointSlice>::namespaced(self.client.clone(), &self.namespace);
+        let api = kube::Api::<EndpointSlice>::namespaced(self.server.client(), &self.namespace);
         api.delete(name, &DeleteParams::default()).await.unwrap();
     }
 }

@@ -1,7 +1,7 @@
 //! Kubernetes Events, against the stand-in.
 
 use lb_agent::events::Events;
-use lb_agent::source::kube::{Access, client};
+use lb_agent::source::kube::{Access, Cluster};
 use lb_agent::store::{ObjectName, Warning};
 use lb_stand_in::Api;
 use serde_json::{Value, json};
@@ -15,8 +15,8 @@ async fn start() -> (Api, Events) {
         let meta = json!({"name": name, "namespace": "shop"});
         api.apply(json!({"apiVersion": "v1", "kind": "Service", "metadata": meta, "spec": {}}));
     }
-    let client = client(Access::Anonymous, Some(&api.url())).await.unwrap();
-    (api, Events::start(client, "node-a"))
+    let cluster = Cluster::open(Access::Anonymous, Some(&api.url())).await.unwrap();
+    (api, Events::start(cluster.client(), "node-a"))
 }
 
 fn sctp(port: &str) -> Warning {

@@ -2,28 +2,28 @@
 
 use crate::cluster::{service, slice};
 use crate::view::View;
-use lb_agent::source::kube::{Access, client};
+use lb_agent::source::kube::{Access, Cluster};
 use lb_stand_in::{Api, Gone, Streaming};
 use serde_json::{Value, json};
 use std::time::Duration;
 
-const NODE: &str = "node-a";
+pub(crate) const NODE: &str = "node-a";
 
 fn at(namespace: &str, mut object: Value) -> Value {
     object["metadata"]["namespace"] = namespace.into();
     object
 }
 
-fn web(name: &str) -> Value {
+pub(crate) fn web(name: &str) -> Value {
     at("default", service(name, json!({"ports": [{"port": 80}]})))
 }
 
-fn pods(addresses: &[&str]) -> Value {
+pub(crate) fn pods(addresses: &[&str]) -> Value {
     at("default", slice("slice", "web", addresses))
 }
 
 /// A server with a Node, two Services and a slice.
-async fn prepared() -> Api {
+pub(crate) async fn prepared() -> Api {
     let api = Api::start().await;
     api.apply(json!({"apiVersion": "v1", "kind": "Node", "metadata": {"name": NODE}}));
     api.apply(web("web"));
@@ -32,11 +32,11 @@ async fn prepared() -> Api {
     api
 }
 
-async fn watching(api: &Api) -> View {
-    View::new(client(Access::Anonymous, Some(&api.url())).await.unwrap(), NODE, None)
+pub(crate) async fn watching(api: &Api) -> View {
+    View::new(Cluster::open(Access::Anonymous, Some(&api.url())).await.unwrap(), NODE, None)
 }
 
-async fn synced(api: &Api) -> View {
+pub(crate) async fn synced(api: &Api) -> View {
     let mut view = watching(api).await;
     view.until("the first lists", |view| view.synced).await;
     assert_eq!(view.names(), ["old", "web", "slice"]);
@@ -242,37 +242,13 @@ async fn a_leaving_node_is_seen() {
 }
 
 #[tokio::test]
-async fn addresses_and_files_that_do_not_work_are_explained() {
-    let error = client(Access::Anonymous, Some("10.0.0.1:6443")).await.map(drop).unwrap_err();
-    assert!(error.to_string().contains("--master \"10.0.0.1:6443\" is not a URL"), "{error}");
-    let error = client(Access::Kubeconfig("/nonexistent".as_ref()), None).await.map(drop).unwrap_err();
-    assert!(error.to_string().starts_with("kubeconfig /nonexistent: "), "{error}");
-}
-
-#[tokio::test]
-async fn kubeconfig_files_and_tls_are_understood() {
-    let dir = tempfile::tempdir().unwrap();
-    let file = dir.path().join("kubeconfig");
-    let write = |server: &str| {
-        let config = json!({
-            "apiVersion": "v1", "kind": "Config", "current-context": "c",
-            "clusters": [{"name": "c", "cluster": {"server": server, "insecure-skip-tls-verify": true}}],
-            "users": [{"name": "u", "user": {"token": "secret"}}],
-            "contexts": [{"name": "c", "context": {"cluster": "c", "user": "u"}}],
-        });
-        std::fs::write(&file, config.to_string()).unwrap();
-    };
+async fn a_list_whose_pages_grow_old_comes_in_one() {
     let api = prepared().await;
-    write(&api.url());
-    let mut view = View::new(client(Access::Kubeconfig(&file), None).await.unwrap(), NODE, None);
-    view.until("the lists", |view| view.synced).await;
-    // The address can be given apart: the kubeconfig may name a Service that only we can make work.
-    write("https://192.0.2.1:443");
-    let mut view = View::new(client(Access::Kubeconfig(&file), Some(&api.url())).await.unwrap(), NODE, None);
-    view.until("the lists", |view| view.synced).await;
-    // A server that does not speak TLS is an error to try again, not the end.
-    write(&api.url().replace("http:", "https:"));
-    let mut view = View::new(client(Access::Kubeconfig(&file), None).await.unwrap(), NODE, None);
-    view.settle(Duration::from_millis(500)).await;
-    assert!(!view.synced);
+    api.behave(|behaviour| (behaviour.streaming, behaviour.old_pages) = (Streaming::Refused, true));
+    for i in 0..300 {
+        api.apply(web(&format!("web-{i}")));
+    }
+    let mut view = watching(&api).await;
+    view.until("the list", |view| view.synced).await;
+    assert_eq!((view.services.len(), view.deleted.len()), (302, 0));
 }

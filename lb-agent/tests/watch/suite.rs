@@ -6,7 +6,7 @@ use serde_json::json;
 use std::time::Duration;
 
 fn view(cluster: &Cluster) -> View {
-    View::new(cluster.client.clone(), &cluster.node, Some(&cluster.namespace))
+    View::new(cluster.server.clone(), &cluster.node, Some(&cluster.namespace))
 }
 
 fn port(number: u16) -> serde_json::Value {
@@ -83,7 +83,7 @@ async fn labels_take_objects_out_and_in() {
 async fn other_nodes_and_irrelevant_changes_do_not_disturb() {
     with_cluster(|cluster| async move {
         cluster.apply(service("web", port(80))).await;
-        let mut view = View::new(cluster.client.clone(), "no-such-node", Some(&cluster.namespace));
+        let mut view = View::new(cluster.server.clone(), "no-such-node", Some(&cluster.namespace));
         view.until("complete lists without a Node", |view| view.synced).await;
         assert_eq!(view.node, None);
         let before = view.services["web"].clone();

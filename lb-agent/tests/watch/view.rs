@@ -1,6 +1,6 @@
 //! What an agent that watches a cluster sees.
 
-use lb_agent::source::kube::{Scope, run};
+use lb_agent::source::kube::{Cluster, Scope, run};
 use lb_agent::source::{Event, QUEUE};
 use lb_agent::store::{Change, Node, Service, Slice};
 use std::collections::BTreeMap;
@@ -28,10 +28,10 @@ impl Drop for View {
 }
 
 impl View {
-    pub(crate) fn new(client: kube::Client, node: &str, namespace: Option<&str>) -> Self {
+    pub(crate) fn new(cluster: Cluster, node: &str, namespace: Option<&str>) -> Self {
         let (send, events) = mpsc::channel(QUEUE);
         let (node, scope) = (node.to_owned(), Scope { namespace: namespace.map(str::to_owned) });
-        let task = tokio::spawn(async move { run(client, &node, scope, send).await });
+        let task = tokio::spawn(async move { run(cluster, &node, scope, send).await });
         Self {
             services: BTreeMap::new(),
             slices: BTreeMap::new(),

@@ -15,6 +15,7 @@ use std::collections::HashMap;
 use std::convert::Infallible;
 use std::sync::Arc;
 use std::time::Duration;
+use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::net::TcpListener;
 use tokio::sync::mpsc;
 
@@ -27,15 +28,23 @@ pub(crate) async fn serve(listener: TcpListener, shared: Arc<Shared>) {
         }
         let shared = shared.clone();
         tokio::spawn(async move {
-            let mut cut = shared.cut.subscribe();
-            let service = service_fn(move |request| answer(request, shared.clone()));
-            let connection =
-                hyper::server::conn::http1::Builder::new().serve_connection(TokioIo::new(stream), service);
-            tokio::select! {
-                _ = connection => {}
-                _ = cut.changed() => {}
+            if !shared.tls.is_on() {
+                connection(stream, shared).await;
+            } else if let Some(stream) = shared.tls.accept(stream).await {
+                connection(stream, shared).await;
             }
         });
+    }
+}
+
+async fn connection(stream: impl AsyncRead + AsyncWrite + Unpin, shared: Arc<Shared>) {
+    let mut cut = shared.cut.subscribe();
+    let service = service_fn(move |request| answer(request, shared.clone()));
+    let connection =
+        hyper::server::conn::http1::Builder::new().serve_connection(TokioIo::new(stream), service);
+    tokio::select! {
+        _ = connection => {}
+        _ = cut.changed() => {}
     }
 }
 
@@ -77,6 +86,21 @@ impl Target {
 }
 
 async fn answer(request: Request<Incoming>, shared: Arc<Shared>) -> Result<Response<Body>, Infallible> {
+    let behaviour = lock(&shared.behaviour).clone();
+    let is_known = |token: &String| {
+        let given = request.headers().get("authorization").and_then(|value| value.to_str().ok());
+        given.and_then(|given| given.strip_prefix("Bearer ")) == Some(token)
+    };
+    if !behaviour.token.as_ref().is_none_or(is_known) {
+        lock(&shared.requests).push("unauthorized".into());
+        return Ok(answer_with(&status(401, "Unauthorized", "Unauthorized")));
+    }
+    if request.uri().path() == "/version" {
+        return Ok(answer_with(&json!({
+            "major": "1", "minor": "20", "gitVersion": "v1.20.2", "gitCommit": "", "gitTreeState": "", "buildDate": "",
+            "goVersion": "", "compiler": "", "platform": "",
+        })));
+    }
     let Some(target) = Target::of(request.uri().path()) else {
         return Ok(answer_with(&status(404, "NotFound", request.uri().path())));
     };
@@ -116,6 +140,9 @@ async fn read(target: Target, query: &HashMap<String, String>, shared: Arc<Share
         (true, false) => "watch",
     };
     lock(&shared.requests).push(format!("{verb} {kind}"));
+    if let Some((_, code, message)) = behaviour.unread.filter(|(unread, ..)| *unread == kind) {
+        return answer_with(&status(code, "Refused", message));
+    }
     let slow = behaviour.slow_kind.is_none_or(|slow| slow == kind) && verb != "watch";
     if slow {
         tokio::time::sleep(behaviour.slow_list).await;
@@ -123,6 +150,9 @@ async fn read(target: Target, query: &HashMap<String, String>, shared: Arc<Share
     if verb == "list" {
         let limit = get("limit").parse().unwrap_or(usize::MAX);
         let token = query.get("continue").map(String::as_str);
+        if token.is_some() && behaviour.old_pages {
+            return answer_with(&status(410, "Expired", "the continue token is too old"));
+        }
         let page = lock(&shared.objects).page(&kind, &filter, limit, token);
         return match page {
             Some(page) => list(page, &kind, dialect, shared),

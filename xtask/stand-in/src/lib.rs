@@ -1,10 +1,12 @@
 //! A stand-in for the Kubernetes API server: list, watch and writes over real HTTP, and the ways in which the real
-//! one fails. Not there: authentication, validation, defaulting (but ClusterIPs are given out). What it is asked wrongly it
+//! one fails. Not there: validation, defaulting (but ClusterIPs are given out). Whom it lets in, it tells by a
+//! token, if it is given one. What it is asked wrongly it
 //! answers with a panic: it is for tests and measurements.
 
 mod dialect;
 mod http;
 mod objects;
+mod tls;
 mod watch;
 
 use objects::Objects;
@@ -56,6 +58,12 @@ pub struct Behaviour {
     pub paused: bool,
     /// Writes to a kind that are answered with a status code and its message.
     pub refused: Option<(&'static str, u16, &'static str)>,
+    /// Lists and watches of a kind that are answered so.
+    pub unread: Option<(&'static str, u16, &'static str)>,
+    /// No list can be continued after its first page.
+    pub old_pages: bool,
+    /// The only token that is let in; without, everybody is.
+    pub token: Option<String>,
 }
 
 /// What an access rule grants.
@@ -75,6 +83,7 @@ struct Shared {
     requests: Mutex<Vec<String>>,
     rights: Mutex<BTreeSet<Right>>,
     listed: Mutex<Option<Instant>>,
+    tls: tls::Tls,
     /// Raised whenever watches may have something to say.
     news: signal::Sender<u64>,
     /// Raised to cut all connections.
@@ -127,6 +136,9 @@ impl Api {
             down: false,
             paused: false,
             refused: None,
+            unread: None,
+            old_pages: false,
+            token: None,
         };
         let shared = Arc::new(Shared {
             objects: Mutex::default(),
@@ -134,6 +146,7 @@ impl Api {
             requests: Mutex::default(),
             rights: Mutex::default(),
             listed: Mutex::default(),
+            tls: tls::Tls::default(),
             news: signal::Sender::new(0),
             cut: signal::Sender::new(0),
         });
@@ -143,7 +156,12 @@ impl Api {
 
     /// Where it is, for `--master` and its like.
     pub fn url(&self) -> String {
-        format!("http://{}", self.address)
+        format!("{}://{}", if self.shared.tls.is_on() { "https" } else { "http" }, self.address)
+    }
+
+    /// From now on new connections are encrypted, under a new certificate. Returns that, as PEM.
+    pub fn renew_certificate(&self) -> String {
+        self.shared.tls.renew()
     }
 
     /// Creates or replaces an object.

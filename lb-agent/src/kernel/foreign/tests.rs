@@ -6,6 +6,7 @@ use crate::kernel::netfilter::testing::Namespace;
 use crate::kernel::testing::Bpffs;
 use crate::kernel::writer::MapWriter;
 use crate::model::{self, Endpoint, EndpointSet, FrontendAddr, FrontendKind, Protocol, ServicePort};
+use crate::store::ObjectName;
 use crate::sync::{Diff, Writer as _};
 use lb_common::addr::{Ip4, Ip6};
 use std::collections::HashMap;
@@ -25,8 +26,8 @@ fn connection(proto: u8, client: &str, service: &str, backend: &str, source: &st
 }
 
 fn serve(protocol: Protocol, addr: &str, backend: &str) -> (FrontendAddr, Arc<model::Frontend>) {
-    let set = EndpointSet::Endpoints([Endpoint { addr: at(backend), local: true }].into());
-    let service = ServicePort { namespace: "default".into(), name: addr.into(), port: String::new() };
+    let set = EndpointSet::Endpoints([Endpoint::new(at(backend), true)].into());
+    let service = ServicePort { service: ObjectName::new("default", addr), port: "".into() };
     let frontend = model::Frontend {
         service,
         kind: FrontendKind::ClusterIp,

@@ -2,6 +2,7 @@
 
 use super::gone;
 use crate::model::ServicePort;
+use crate::store::ObjectName;
 use anyhow::{Context as _, Result};
 use aya::maps::{HashMap as BpfHashMap, MapData};
 use lb_common::maps::ServiceName;
@@ -87,8 +88,8 @@ fn write(service: &ServicePort) -> ServiceName {
         bytes
     };
     ServiceName {
-        namespace: field(&service.namespace),
-        name: field(&service.name),
+        namespace: field(service.service.namespace()),
+        name: field(service.service.name()),
         port: field(&service.port),
     }
 }
@@ -99,5 +100,8 @@ pub(crate) fn read(name: &ServiceName) -> ServicePort {
         let len = bytes.iter().position(|b| *b == 0).unwrap_or(bytes.len());
         String::from_utf8_lossy(&bytes[..len]).into_owned()
     };
-    ServicePort { namespace: field(&name.namespace), name: field(&name.name), port: field(&name.port) }
+    ServicePort {
+        service: ObjectName::new(&field(&name.namespace), &field(&name.name)),
+        port: field(&name.port).into(),
+    }
 }

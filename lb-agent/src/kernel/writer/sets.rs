@@ -91,7 +91,7 @@ impl Sets {
     ) -> Result<()> {
         let mut backends = [(0, 0); SLOT_GROUP];
         for (held, (backend, endpoint)) in backends.iter_mut().zip(endpoints).enumerate().filter(|_| udp) {
-            match self.backend(tables, service, endpoint.addr) {
+            match self.backend(tables, service, endpoint.addr()) {
                 Ok(taken) => *backend = taken,
                 Err(error) => {
                     self.release_backends(tables, service, &endpoints[..held], udp)?;
@@ -118,7 +118,7 @@ impl Sets {
         endpoints
             .iter()
             .filter(|_| udp)
-            .try_for_each(|endpoint| self.release_backend(tables, service, endpoint.addr))
+            .try_for_each(|endpoint| self.release_backend(tables, service, endpoint.addr()))
     }
 
     /// Takes back a set of which only that much could be written.
@@ -253,9 +253,9 @@ impl Sets {
             let slots =
                 || groups.iter().flat_map(|(_, group)| &group.slots).filter(|slot| slot.port.get() != 0);
             let endpoints: Arc<[Endpoint]> = slots()
-                .map(|slot| Endpoint {
-                    addr: socket_addr(slot.addr, slot.port),
-                    local: slot.flags & Slot::<A>::LOCAL != 0,
+                .map(|slot| {
+                    let local = slot.flags & Slot::<A>::LOCAL != 0;
+                    Endpoint::new(socket_addr(slot.addr, slot.port), local)
                 })
                 .collect();
             let (service, udp, frontends) = users.get(&id).copied().unwrap_or((0, false, 0));
@@ -308,8 +308,8 @@ fn group<A: NodeAddr>(endpoints: &[Endpoint], backends: &[(u32, u32); SLOT_GROUP
     let mut group = SlotGroup::default();
     for (slot, (endpoint, backend)) in group.slots.iter_mut().zip(endpoints.iter().zip(backends)) {
         *slot = Slot {
-            addr: addr::<A>(endpoint.addr.ip())?,
-            port: NetPort::new(endpoint.addr.port()),
+            addr: addr::<A>(endpoint.addr().ip())?,
+            port: NetPort::new(endpoint.addr().port()),
             flags: if endpoint.local { Slot::<A>::LOCAL } else { 0 },
             backend_id: backend.0,
             backend_epoch: backend.1,
@@ -320,7 +320,7 @@ fn group<A: NodeAddr>(endpoints: &[Endpoint], backends: &[(u32, u32); SLOT_GROUP
 }
 
 fn names(endpoints: &[Endpoint]) -> String {
-    endpoints.iter().map(|endpoint| endpoint.addr.to_string()).collect::<Vec<_>>().join(", ")
+    endpoints.iter().map(|endpoint| endpoint.addr().to_string()).collect::<Vec<_>>().join(", ")
 }
 
 /// The entries that a set of so many slots has.

@@ -8,6 +8,7 @@ use crate::kernel::testing::Bpffs;
 use crate::model::{
     Endpoint, EndpointSet, Frontend, FrontendAddr, FrontendKind, Protocol, ServicePort, Sources,
 };
+use crate::store::ObjectName;
 use crate::sync::{Diff, Writer as _};
 use aya::maps::MapData;
 use aya::maps::lpm_trie::LpmTrie;
@@ -94,13 +95,12 @@ fn at(addr: &str, protocol: Protocol) -> FrontendAddr {
 }
 
 fn endpoints(addrs: &[&str]) -> EndpointSet {
-    let list =
-        addrs.iter().map(|a| Endpoint { addr: a.parse().expect("an address"), local: a.contains(".0.") });
+    let list = addrs.iter().map(|a| Endpoint::new(a.parse().expect("an address"), a.contains(".0.")));
     EndpointSet::Endpoints(list.collect())
 }
 
 fn service(name: &str) -> ServicePort {
-    ServicePort { namespace: "default".into(), name: name.into(), port: "http".into() }
+    ServicePort { service: ObjectName::new("default", name), port: "http".into() }
 }
 
 fn frontend(name: &str, set: EndpointSet) -> Frontend {
@@ -331,12 +331,9 @@ fn a_frontend_never_points_to_a_missing_slot() {
     let (mut writer, _) = bpffs.writer();
     let web = at("10.96.0.10:80", Protocol::Tcp);
     let many = |n: usize| {
-        let list = (0..n).map(|i| Endpoint {
-            addr: SocketAddr::new(
-                std::net::Ipv4Addr::new(10, 42, (i / 250) as u8, (i % 250) as u8).into(),
-                8080,
-            ),
-            local: true,
+        let list = (0..n).map(|i| {
+            let ip = std::net::Ipv4Addr::new(10, 42, (i / 250) as u8, (i % 250) as u8);
+            Endpoint::new(SocketAddr::new(ip.into(), 8080), true)
         });
         frontend("web", EndpointSet::Endpoints(list.collect()))
     };

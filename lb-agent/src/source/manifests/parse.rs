@@ -1,8 +1,7 @@
 //! From the text of a file to objects and problems.
 
+use crate::objects;
 use crate::store::{Change, Node, ObjectName, Service, Slice};
-use k8s_openapi::api::core::v1 as core;
-use k8s_openapi::api::discovery::v1::EndpointSlice;
 use serde::Deserialize;
 use serde::de::DeserializeOwned;
 use serde_json::Value;
@@ -330,15 +329,15 @@ impl Kind {
 }
 
 impl Object {
-    fn service(service: &core::Service) -> Self {
+    fn service(service: &objects::Service) -> Self {
         Self::Service(Arc::new(service.into()))
     }
 
-    fn slice(slice: &EndpointSlice, node_name: &str) -> Self {
+    fn slice(slice: &objects::EndpointSlice, node_name: &str) -> Self {
         Self::Slice(Slice::new(slice, node_name).map(Arc::new))
     }
 
-    fn node(node: &core::Node) -> Self {
+    fn node(node: &objects::Node) -> Self {
         Self::Node(node.into())
     }
 }
