@@ -87,6 +87,11 @@ impl Events {
         self.push(Event { service, warning: true, reason, action, note });
     }
 
+    /// Something is wrong on this node.
+    pub fn node(&self, reason: &'static str, note: impl Into<String>) {
+        self.push(Event { service: None, warning: true, reason, action: "Forward", note: note.into() });
+    }
+
     /// A part of a Service is not served.
     pub fn unserved(&self, service: &ObjectName, warning: &Warning) {
         self.warning(service, warning.reason(), "Serve", warning.to_string());

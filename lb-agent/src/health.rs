@@ -20,6 +20,7 @@ pub struct Health(Arc<Shared>);
 
 #[derive(Debug, Default)]
 struct Shared {
+    started: Started,
     state: Mutex<State>,
     healthz: Codes,
     livez: Codes,
@@ -29,8 +30,18 @@ struct Shared {
 struct State {
     /// Since when a change waits to be written.
     queued: Option<Instant>,
-    updated: Option<SystemTime>,
+    updated: Option<(SystemTime, Instant)>,
     node_leaving: bool,
+}
+
+/// When we began to count time.
+#[derive(Debug)]
+struct Started(Instant);
+
+impl Default for Started {
+    fn default() -> Self {
+        Self(Instant::now())
+    }
 }
 
 /// How often each status was answered.
@@ -57,7 +68,7 @@ impl Health {
     pub fn synced(&self) {
         let mut state = self.state();
         state.queued = None;
-        state.updated = Some(SystemTime::now());
+        state.updated = Some((SystemTime::now(), Instant::now()));
     }
 
     /// Whether new traffic should come to this node (KEP-3836).
@@ -123,8 +134,8 @@ impl Health {
         };
         let healthy = live && !(with_node && leaving);
         // kube-proxy's oldest promise is that a healthy answer's `lastUpdated` is recent.
-        let updated = go_time(if healthy { Some(time) } else { updated });
-        let time = go_time(Some(time));
+        let updated = self.go_time(if healthy { Some((time, now)) } else { updated });
+        let time = self.go_time(Some((time, now)));
         let node = if with_node { format!(", \"nodeEligible\": {}", !leaving) } else { String::new() };
         let codes = if with_node { &self.0.healthz } else { &self.0.livez };
         let (status, counter) = match healthy {
@@ -136,23 +147,25 @@ impl Health {
         Reply::json(status, body)
     }
 
+    /// As Go prints a time in UTC that its clock has told: with the seconds since the process began. Go's zero time where
+    /// there is none.
+    fn go_time(&self, time: Option<(SystemTime, Instant)>) -> String {
+        use k8s_openapi::jiff::{Timestamp, tz::TimeZone};
+        let known = time.and_then(|(time, at)| Some((Timestamp::try_from(time).ok()?, at)));
+        let Some((time, at)) = known else { return "0001-01-01 00:00:00 +0000 UTC".into() };
+        let fraction = format!("{:09}", time.subsec_nanosecond());
+        let fraction = fraction.trim_end_matches('0');
+        let dot = if fraction.is_empty() { "" } else { "." };
+        let seconds = time.to_zoned(TimeZone::UTC).strftime("%Y-%m-%d %H:%M:%S").to_string();
+        let since = at.saturating_duration_since(self.0.started.0);
+        let (whole, nanos) = (since.as_secs(), since.subsec_nanos());
+        format!("{seconds}{dot}{fraction} +0000 UTC m=+{whole}.{nanos:09}")
+    }
+
     fn state(&self) -> std::sync::MutexGuard<'_, State> {
         // The state is plain data, whole at any moment.
         self.0.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
-}
-
-/// As Go prints a time in UTC; its zero time where there is none.
-fn go_time(time: Option<SystemTime>) -> String {
-    use k8s_openapi::jiff::{Timestamp, tz::TimeZone};
-    let Some(time) = time.and_then(|time| Timestamp::try_from(time).ok()) else {
-        return "0001-01-01 00:00:00 +0000 UTC".into();
-    };
-    let fraction = format!("{:09}", time.subsec_nanosecond());
-    let fraction = fraction.trim_end_matches('0');
-    let dot = if fraction.is_empty() { "" } else { "." };
-    let seconds = time.to_zoned(TimeZone::UTC).strftime("%Y-%m-%d %H:%M:%S").to_string();
-    format!("{seconds}{dot}{fraction} +0000 UTC")
 }
 
 #[cfg(test)]
@@ -169,8 +182,8 @@ mod tests {
     #[test]
     fn bodies_are_kube_proxys() {
         let health = Health::default();
-        let now = Instant::now();
-        let time = "2023-11-14 22:13:20.25 +0000 UTC";
+        let now = health.0.started.0 + Duration::from_nanos(202_631_797_660);
+        let time = "2023-11-14 22:13:20.25 +0000 UTC m=+202.631797660";
         let expected =
             format!(r#"{{"lastUpdated": "{time}","currentTime": "{time}", "nodeEligible": true}}"#);
         assert_eq!(body(&health, true, now), (200, expected));

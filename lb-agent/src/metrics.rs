@@ -1,6 +1,8 @@
 //! `/metrics` in Prometheus' text format. What kube-proxy measures, too, has kube-proxy's name, so that dashboards
 //! and alerts written for it go on working.
 
+pub mod process;
+
 use crate::desired::Totals;
 use crate::health::{Handler, Health, Reply};
 use crate::store::Warning;
@@ -264,7 +266,7 @@ impl std::fmt::Debug for Metrics {
 }
 
 /// Buckets from 1 ms, each twice as wide as the one before.
-const BUCKETS: usize = 16;
+const BUCKETS: usize = 19;
 
 /// How often a duration was how long.
 #[derive(Clone, Debug, Default)]

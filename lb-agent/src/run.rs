@@ -7,8 +7,10 @@ use crate::install::conf_dir::ConfDir;
 use crate::install::keep::Keeper;
 use crate::install::plugin::Plugin;
 use crate::kernel::destroy;
-use crate::kernel::devices::Devices;
+use crate::kernel::devices::{self, Devices};
+use crate::kernel::fill::Fill;
 use crate::kernel::foreign::{Beside, Guard};
+use crate::kernel::losses::Losses;
 use crate::kernel::pins::Pins;
 use crate::kernel::ports;
 use crate::kernel::programs::{self, Features};
@@ -18,7 +20,7 @@ use crate::kernel::tables::Tables;
 use crate::kernel::writer::MapWriter;
 use crate::masq_config::{ConfigFile, MasqConfig};
 use crate::memory;
-use crate::metrics::{Collector, Kind, Sample};
+use crate::metrics::{Collector, Kind, Sample, process};
 use crate::source::kube::{Access, Cluster};
 use crate::source::{self, Event};
 use crate::store::Change;
@@ -75,8 +77,13 @@ pub async fn run(args: RunArgs) -> Result<()> {
         writer.tell_of_gone_backends(nudge);
     }
     let reports = Reports { events: source.events(&node_name), ..Reports::default() };
-    let sweeper = Sweeper::open(&pins, args.conntrack.timeouts())?;
-    measure(&reports, Tables::open(&pins)?, &sweeper);
+    let mut sweeper = Sweeper::open(&pins, args.conntrack.timeouts())?;
+    let fill = Fill::open(&pins)?;
+    writer.tell_of_fill(fill.clone());
+    sweeper.tell_of_fill(fill.clone());
+    let device_stats = devices::Stats::default();
+    measure(&reports, Tables::open(&pins)?, &sweeper, &fill, device_stats.clone());
+    tokio::spawn(Losses::new(Tables::open(&pins)?, reports.events.clone())?.run());
     if let Some(samples) = source.samples() {
         reports.metrics.collect(samples);
     }
@@ -94,7 +101,7 @@ pub async fn run(args: RunArgs) -> Result<()> {
     drop(ebpf);
     memory::give_back();
     let writer = Beside::new(writer, Guard::start(&pins)?);
-    let devices = devices(&args, attacher, pins, events.clone());
+    let devices = follow_devices(&args, attacher, pins, events.clone(), device_stats);
     keep_plugin(&args)?;
     let source = source.start(node_name, events);
     let sync = tokio::spawn(sync::run(args.desired(), receiver, writer, reports));
@@ -196,8 +203,14 @@ fn report(args: &RunArgs, node_name: &str, reports: Reports) {
 
 type Task = tokio::task::JoinHandle<Result<()>>;
 
-fn devices(args: &RunArgs, attacher: Attacher, pins: Pins, events: source::Sender) -> Task {
-    let devices = Devices::new(attacher, pins, args.clone());
+fn follow_devices(
+    args: &RunArgs,
+    attacher: Attacher,
+    pins: Pins,
+    events: source::Sender,
+    stats: devices::Stats,
+) -> Task {
+    let devices = Devices::new(attacher, pins, args.clone(), stats);
     let (sender, mut addresses) = mpsc::channel(1);
     tokio::spawn(async move {
         while let Some(local) = addresses.recv().await {
@@ -270,10 +283,13 @@ impl Source {
 }
 
 /// Adds all that is measured to the metrics of the main loop.
-fn measure(reports: &Reports, tables: Tables, sweeper: &Sweeper) {
+fn measure(reports: &Reports, tables: Tables, sweeper: &Sweeper, fill: &Fill, devices: devices::Stats) {
     let Reports { metrics, checks, events, .. } = reports.clone();
     metrics.collect(counters(tables));
     metrics.collect(sweeper.samples());
+    metrics.collect(fill.samples());
+    metrics.collect(Box::new(move || devices.samples()));
+    metrics.collect(Box::new(process::samples));
     metrics.collect(Box::new(move || events.samples()));
     metrics.collect(Box::new(move || checks.samples()));
 }

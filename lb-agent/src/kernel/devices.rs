@@ -2,6 +2,9 @@
 //! masquerade to. Programs are attached to new ones and the device table is kept up to date.
 
 mod classify;
+mod stats;
+
+pub use stats::Stats;
 
 use super::pins::Pins;
 use crate::cli::{BridgeShortcut, RunArgs};
@@ -13,6 +16,7 @@ use lb_attach::attach::{Attacher, Hook};
 use lb_attach::snapshot::{Link, Snapshot};
 use lb_common::maps::Device as Entry;
 use rtnetlink::{MulticastGroup, new_multicast_connection};
+use stats::Counts;
 use std::collections::{BTreeMap, BTreeSet};
 use std::time::{Duration, Instant};
 use tokio::sync::mpsc::Sender;
@@ -38,12 +42,13 @@ pub struct Devices {
     attached: BTreeMap<u32, (String, Entry)>,
     /// When we last looked at what is attached.
     looked: Option<Instant>,
+    stats: Stats,
 }
 
 impl Devices {
-    /// A manager that attaches what is pinned.
-    pub fn new(attacher: Attacher, pins: Pins, args: RunArgs) -> Self {
-        Self { attacher, pins, args, attached: BTreeMap::new(), looked: None }
+    /// A manager that attaches what is pinned, and keeps `stats` of it.
+    pub fn new(attacher: Attacher, pins: Pins, args: RunArgs, stats: Stats) -> Self {
+        Self { attacher, pins, args, attached: BTreeMap::new(), looked: None, stats }
     }
 
     /// Follows the devices until the receiver of the addresses is gone.
@@ -104,13 +109,17 @@ impl Devices {
             .iter()
             .filter_map(|link| Some((link.index, (link, classify(link, &snapshot, &self.args)?))))
             .collect();
+        let mut counts = Counts::default();
         for (link, role) in wanted.values() {
             let entry = self.entry(link, *role, &snapshot, short_cut);
-            if let Err(error) = self.serve(link, *role, entry, look) {
+            let served = self.serve(link, *role, entry, look);
+            counts.add(*role, served.is_ok());
+            if let Err(error) = served {
                 // Gone again, most likely; if not, the next round tries again.
                 warn!("{}: {error:#}", link.name);
             }
         }
+        self.stats.set(counts);
         let known: BTreeSet<u32> = self.attached.keys().copied().collect();
         // Also what a former agent or a plugin attached: to devices that vanished since, or that are not to be served.
         let served = if look { &served | &known } else { known };
@@ -169,6 +178,7 @@ impl Devices {
                 let what: Vec<&str> = missing.into_iter().map(Hook::program).collect();
                 let what =
                     if what.is_empty() { "its entry in the device table".into() } else { what.join(", ") };
+                self.stats.repaired();
                 warn!("{}: somebody else has removed {what}; put back", link.name);
             }
             Some(_) => self.attacher.set_entry(link.index, entry)?,

@@ -2,7 +2,8 @@
 //!
 //! - [`pins`]: where everything is pinned. - [`programs`]: loads the programs. - [`devices`]: follows the devices by
 //!   netlink, and has [`lb_attach`] put programs on them. - [`sockets`]: puts programs on the cgroup.
-//! - [`tables`]: the maps, typed.
+//! - [`tables`]: the maps, typed. - [`fill`]: how full they are. - [`losses`]: says what packets are lost for
+//!   want of.
 //! - [`writer`]: writes what [`crate::desired`] wants. - [`sweep`]: ends flows that have timed out.
 //! - [`leave`]: goes without cutting connections.
 //! - [`destroy`]: ends connected UDP sockets whose backend is gone. - [`foreign`]: leaves to netfilter what it translated
@@ -12,9 +13,11 @@
 pub mod destroy;
 pub mod devices;
 mod diag;
+pub mod fill;
 pub(crate) mod flows;
 pub mod foreign;
 pub mod leave;
+pub mod losses;
 pub mod netfilter;
 pub mod node_mounts;
 pub mod ports;

@@ -12,6 +12,7 @@ mod round;
 mod tests;
 mod timeouts;
 
+use super::fill::Fill;
 use super::pins::Pins;
 use super::tables::{Family, NodeAddr, Tables};
 use crate::metrics::{Collector, Kind, Sample};
@@ -19,9 +20,9 @@ use anyhow::{Context as _, Result};
 use aya::maps::MapInfo;
 use lb_common::datapath::Reason;
 use nix::time::{ClockId, clock_gettime};
-use round::{Early, Round, Swept};
-use std::sync::Arc;
+use round::{Early, Flows, Round, Swept};
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 use timeouts::Rank;
 use tracing::{debug, warn};
@@ -55,6 +56,8 @@ pub struct Sweeper {
     tables: Tables,
     timeouts: Timeouts,
     stats: Arc<Stats>,
+    /// Told how much is left.
+    fill: Option<Fill>,
     rounds: u32,
     /// What the programs had counted when the last sweep began.
     counted: Counted,
@@ -79,6 +82,8 @@ struct Stats {
     limit: u64,
     /// Entries after the last sweep: IPv4, IPv6.
     entries: [AtomicU64; 2],
+    /// Flows after the last sweep.
+    flows: Mutex<[Flows; 2]>,
     /// Flows that ended early because only one end had spoken.
     unanswered: AtomicU64,
     /// Flows that ended early though both ends had: closing ones.
@@ -97,13 +102,25 @@ impl Stats {
             Sample::new("lb_flows_dropped_early_total", help, Kind::Counter, get(value)).with("state", state)
         };
         let help = "Room for flow table entries, in each family";
-        vec![
+        let flows = *self.flows.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut samples = vec![
             entries("IPv4", &self.entries[0]),
             entries("IPv6", &self.entries[1]),
             Sample::new("lb_flow_entries_max", help, Kind::Gauge, self.limit as f64),
             early("unanswered", &self.unanswered),
             early("closing", &self.over),
-        ]
+        ];
+        for (family, flows) in ["IPv4", "IPv6"].into_iter().zip(flows) {
+            let of =
+                |name, help, count| Sample::new(name, help, Kind::Gauge, count as f64).with("family", family);
+            for (protocol, count) in [("TCP", flows.tcp), ("UDP", flows.udp), ("ICMP", flows.icmp)] {
+                let help = "Flows after the last sweep, of two to four entries each";
+                samples.push(of("lb_flows", help, count).with("protocol", protocol));
+            }
+            let help = "Flows after the last sweep that have a masquerade port";
+            samples.push(of("lb_masqueraded_flows", help, flows.masqueraded));
+        }
+        samples
     }
 }
 
@@ -124,6 +141,7 @@ impl Sweeper {
             tables,
             timeouts,
             stats: Arc::new(stats),
+            fill: None,
             rounds: 0,
             counted,
             last: now,
@@ -138,6 +156,11 @@ impl Sweeper {
     pub fn samples(&self) -> Collector {
         let stats = Arc::clone(&self.stats);
         Box::new(move || stats.samples())
+    }
+
+    /// Tells how full the maps are that others than the agent write.
+    pub fn tell_of_fill(&mut self, fill: Fill) {
+        self.fill = Some(fill);
     }
 
     /// Sweeps for ever.
@@ -204,6 +227,12 @@ impl Sweeper {
         self.alarm = if hope { plenty } else { plenty.max(most + limit.saturating_sub(most) / 4) };
         for (entries, swept) in self.stats.entries.iter().zip([&v4, &v6]) {
             entries.store(swept.left() as u64, Relaxed);
+        }
+        *self.stats.flows.lock().unwrap_or_else(PoisonError::into_inner) = [v4.flows, v6.flows];
+        if let Some(fill) = &self.fill {
+            fill.set("LB_FLOW4", v4.left());
+            fill.set("LB_FLOW6", v6.left());
+            fill.set("LB_AFFINITY", affinities);
         }
         let (unanswered, over) = (v4.unanswered + v6.unanswered, v4.over + v6.over);
         self.stats.unanswered.fetch_add(unanswered as u64, Relaxed);

@@ -12,6 +12,7 @@ mod sources;
 #[cfg(test)]
 mod tests;
 
+use super::fill::Fill;
 use super::tables::{NodeAddr, Tables};
 use crate::model::{self, EndpointSet, FrontendAddr, FrontendKind, Protocol};
 use crate::store::{LocalAddresses, Node};
@@ -34,6 +35,8 @@ use std::sync::mpsc::SyncSender;
 pub struct MapWriter {
     tables: Tables,
     frontends: HashMap<FrontendAddr, Frontend>,
+    /// How many of them are IPv4's.
+    frontends4: usize,
     names: Names,
     sets: Sets,
     sources: Sources,
@@ -47,6 +50,8 @@ pub struct MapWriter {
     /// Rather what a former agent exempted, if it did.
     inherit: bool,
     written_cidrs: BTreeMap<IpNet, u32>,
+    /// Told how much has been written.
+    fill: Option<Fill>,
 }
 
 impl MapWriter {
@@ -55,6 +60,7 @@ impl MapWriter {
         Self {
             tables,
             frontends: HashMap::new(),
+            frontends4: 0,
             names: Names::default(),
             sets: Sets::default(),
             sources: Sources::default(),
@@ -65,6 +71,7 @@ impl MapWriter {
             no_masquerade,
             inherit: false,
             written_cidrs: BTreeMap::new(),
+            fill: None,
         }
     }
 
@@ -78,6 +85,29 @@ impl MapWriter {
         self.sets.raised = Some(gone);
     }
 
+    /// Tells how full the maps are.
+    pub fn tell_of_fill(&mut self, fill: Fill) {
+        self.fill = Some(fill);
+    }
+
+    /// Says how much is in the maps now.
+    fn count(&self) {
+        let Some(fill) = &self.fill else { return };
+        let frontends6 = self.frontends.len() - self.frontends4;
+        fill.set("LB_FRONT4", self.frontends4 + self.cluster_ips4.len());
+        fill.set("LB_FRONT6", frontends6 + self.cluster_ips6.len());
+        fill.set("LB_SLOT4", self.sets.groups::<Ip4>());
+        fill.set("LB_SLOT6", self.sets.groups::<Ip6>());
+        fill.set("LB_EPOCH", self.sets.backends());
+        fill.set("LB_NAME", self.names.len());
+        let cidrs4 = self.written_cidrs.keys().filter(|range| range.addr().is_ipv4()).count();
+        fill.set("LB_CIDR4", cidrs4);
+        fill.set("LB_CIDR6", self.written_cidrs.len() - cidrs4);
+        let (sources4, sources6) = self.sources.len();
+        fill.set("LB_SOURCE4", sources4);
+        fill.set("LB_SOURCE6", sources6);
+    }
+
     fn adopt_family<A: Own>(&mut self) -> Result<()> {
         let entries: Vec<_> = A::tables(&mut self.tables).frontends.iter().collect();
         for entry in entries {
@@ -89,6 +119,7 @@ impl MapWriter {
             let Some(protocol) = protocol(key.proto) else { continue };
             let addr = FrontendAddr { addr: SocketAddr::new(key.addr.into(), key.port.get()), protocol };
             self.frontends.insert(addr, frontend);
+            self.frontends4 += usize::from(A::IS_V4);
         }
         let mut groups: HashMap<u32, Vec<_>> = HashMap::new();
         for entry in A::tables(&mut self.tables).slots.iter() {
@@ -193,7 +224,8 @@ impl MapWriter {
             self.release_address::<A>(at, &value)?;
             return Err(error).with_context(|| format!("write the frontend {} {}", at.addr, at.protocol));
         }
-        self.frontends.insert(*at, value);
+        let new = self.frontends.insert(*at, value).is_none();
+        self.frontends4 += usize::from(A::IS_V4 && new);
         self.names.hold(sets.service);
         Ok(true)
     }
@@ -228,6 +260,7 @@ impl MapWriter {
         gone(A::tables(&mut self.tables).frontends.remove(&key))
             .with_context(|| format!("delete the frontend {} {}", at.addr, at.protocol))?;
         self.frontends.remove(at);
+        self.frontends4 -= usize::from(A::IS_V4);
         let lingered = self.lingering.remove(at);
         self.end_lingering(lingered)?;
         self.retire::<A>(at, &old)
@@ -281,6 +314,7 @@ impl Writer for MapWriter {
         self.cluster_ips4.drop_orphans(&mut self.tables)?;
         self.cluster_ips6.drop_orphans(&mut self.tables)?;
         self.adopt_cidrs()?;
+        self.count();
         Ok(self.frontends.keys().copied().collect())
     }
 
@@ -303,11 +337,13 @@ impl Writer for MapWriter {
             failed.extend(result.err());
         }
         let count = failed.len();
-        match failed.into_iter().next() {
+        let result = match failed.into_iter().next() {
             None => self.sets.settle(&mut self.tables),
             Some(first) if count > 1 => Err(first.context(format!("{count} failures, the first"))),
             Some(only) => Err(only),
-        }
+        };
+        self.count();
+        result
     }
 
     fn no_masquerade(&mut self, ranges: Vec<IpNet>) {
@@ -316,7 +352,9 @@ impl Writer for MapWriter {
     }
 
     fn node_changed(&mut self, node: &Node, _: &LocalAddresses) -> Result<()> {
-        self.write_cidrs(node)
+        let result = self.write_cidrs(node);
+        self.count();
+        result
     }
 }
 

@@ -3,11 +3,16 @@
 use super::measure;
 use crate::cli::RunArgs;
 use crate::events::Events;
+use crate::kernel::devices;
+use crate::kernel::fill::Fill;
 use crate::kernel::sweep::{Sweeper, Timeouts};
 use crate::kernel::tables::Tables;
 use crate::kernel::testing::Bpffs;
+use crate::source::kube::{Access, Cluster, Scope};
+use crate::source::{self, Event};
 use crate::sync::Reports;
 use clap::{Arg, Args as _, Command};
+use lb_stand_in::Api;
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt::Write as _;
 use std::time::Duration;
@@ -72,13 +77,17 @@ fn metrics() -> String {
     let bpffs = Bpffs::with_flows(4096);
     let reports = Reports { events: Events::unsent(), ..Reports::default() };
     let sweeper = Sweeper::open(&bpffs.pins, Timeouts::default()).expect("a sweeper");
-    measure(&reports, Tables::open(&bpffs.pins).expect("the maps"), &sweeper);
+    let fill = Fill::open(&bpffs.pins).expect("the maps");
+    let tables = Tables::open(&bpffs.pins).expect("the maps");
+    measure(&reports, tables, &sweeper, &fill, devices::Stats::default());
+    let cluster = watched();
+    reports.metrics.collect(Box::new(move || cluster.samples()));
     reports.metrics.synced(Duration::ZERO, Default::default(), &[]);
     let rendered = reports.metrics.render(&reports.health);
 
     let mut text =
-        "\n`kubeproxy_…` are kube-proxy's names for the same things; `lb_kubernetes_events_total` is there \
-                    with an API server.\n\n| metric | type | labels | |\n|---|---|---|---|\n"
+        "\n`kubeproxy_…` are kube-proxy's names for the same things; `lb_api_…`, `rest_client_…` and \
+                    `lb_kubernetes_events_total` are there with an API server. A histogram's buckets double from 1 ms to 262 s.\n\n| metric | type | labels | |\n|---|---|---|---|\n"
             .to_owned();
     for block in rendered.split("# HELP ").skip(1) {
         let (head, rest) = block.split_once('\n').expect("lines");
@@ -86,21 +95,39 @@ fn metrics() -> String {
         let (kind, samples) = rest.split_once('\n').expect("a type");
         let kind = kind.rsplit(' ').next().expect("a type");
         let mut labels: BTreeMap<&str, BTreeSet<&str>> = BTreeMap::new();
-        for sample in samples.lines().filter(|_| kind != "histogram") {
+        for sample in samples.lines() {
             let inside = sample.split_once('{').and_then(|(_, rest)| rest.split_once('}'));
             for label in inside.into_iter().flat_map(|(labels, _)| labels.split(',')) {
                 let (label, value) = label.split_once('=').expect("a value");
-                labels.entry(label).or_default().insert(value.trim_matches('"'));
+                let values = labels.entry(label).or_default();
+                // These depend on the server, and on how it went.
+                if label != "le" && !name.starts_with("rest_client_") {
+                    values.insert(value.trim_matches('"'));
+                }
             }
         }
-        let values = |values: BTreeSet<&str>| {
-            values.into_iter().map(|v| format!("`{v}`")).collect::<Vec<_>>().join(" ")
-        };
-        let labels: Vec<_> =
-            labels.into_iter().map(|(label, set)| format!("{label}: {}", values(set))).collect();
+        labels.remove("le");
+        let labels = labels.into_iter().map(|(label, values)| {
+            let values: Vec<_> = values.into_iter().map(|value| format!("`{value}`")).collect();
+            format!("{label}{} {}", if values.is_empty() { "" } else { ":" }, values.join(" "))
+        });
+        let labels: Vec<_> = labels.map(|label| label.trim_end().to_owned()).collect();
         let _ = writeln!(text, "| `{name}` | {kind} | {} | {} |", labels.join("; "), cell(help));
     }
     text
+}
+
+/// A cluster that has been listed.
+fn watched() -> Cluster {
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().expect("a runtime");
+    runtime.block_on(async {
+        let api = Api::start().await;
+        let cluster = Cluster::open(Access::Anonymous, Some(&api.url())).await.expect("a client");
+        let (events, mut receiver) = tokio::sync::mpsc::channel(source::QUEUE);
+        tokio::spawn(source::kube::run(cluster.clone(), "node", Scope::default(), events));
+        while !matches!(receiver.recv().await.expect("events"), Event::Synced { .. }) {}
+        cluster
+    })
 }
 
 fn cell(text: &str) -> String {

@@ -18,7 +18,7 @@ use super::support::{SOON, agent_exe, answered, cluster, eventually};
 pub(crate) const PORT: u16 = 32100;
 
 /// As curl would: the head and the body of what `path` has.
-fn get(from: &Host, at: SocketAddr, path: &str) -> Result<std::io::Result<(String, String)>> {
+pub(crate) fn get(from: &Host, at: SocketAddr, path: &str) -> Result<std::io::Result<(String, String)>> {
     let request = format!("GET {path} HTTP/1.1\r\nHost: {at}\r\nConnection: close\r\n\r\n");
     from.run_in(move || {
         let mut stream = TcpStream::connect_timeout(&at, Duration::from_secs(1))?;

@@ -2,6 +2,7 @@
 
 use super::timeouts::{Rank, Seen, Timeouts, may_be_spared};
 use crate::kernel::tables::{Family, NodeAddr};
+use crate::model::Protocol;
 use anyhow::Result;
 use lb_common::maps::{Flow, FlowKey, Side};
 
@@ -33,13 +34,38 @@ pub(super) struct Early {
 pub(super) struct Swept {
     pub(super) entries: usize,
     pub(super) removed: usize,
-    pub(super) flows: usize,
+    /// Flows that go on.
+    pub(super) flows: Flows,
     pub(super) ended: usize,
     pub(super) unanswered: usize,
     pub(super) over: usize,
     pub(super) mended: usize,
     /// Entries of flows that could be spared, if they were older.
     pub(super) young: usize,
+}
+
+/// How many flows there are.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(super) struct Flows {
+    pub(super) tcp: usize,
+    pub(super) udp: usize,
+    pub(super) icmp: usize,
+    /// Those of them that have a port (or an ICMP id) of the node's.
+    pub(super) masqueraded: usize,
+}
+
+impl Flows {
+    fn add<A: NodeAddr>(&mut self, flow: &Flow<A>) {
+        const TCP: u8 = Protocol::Tcp.number();
+        const UDP: u8 = Protocol::Udp.number();
+        let of_protocol = match flow.proto {
+            TCP => &mut self.tcp,
+            UDP => &mut self.udp,
+            _ => &mut self.icmp,
+        };
+        *of_protocol += 1;
+        self.masqueraded += usize::from(flow.flags & Flow::<A>::MASQ_DONE != 0);
+    }
 }
 
 impl Swept {
@@ -62,12 +88,15 @@ impl Round<'_> {
                 return Ok(());
             }
             let forward = flow.side == Side::Forward as u8;
-            swept.flows += usize::from(forward);
             swept.young += usize::from(self.is_too_young(flow));
+            let mut over = false;
             if self.is_worth_a_look(flow) {
-                self.look(family, key, flow, &mut swept);
+                over = self.look(family, key, flow, &mut swept);
             } else if self.mend && forward && flow.flags & Flow::<A>::MASQ_DONE != 0 {
                 swept.mended += usize::from(mend(family, flow));
+            }
+            if forward && !over {
+                swept.flows.add(flow);
             }
             Ok(())
         })?;
@@ -108,8 +137,14 @@ impl Round<'_> {
         self.now.saturating_sub(flow.last_seen)
     }
 
-    /// Looks at all entries of the flow: the last packet of either direction counts.
-    fn look<A: NodeAddr>(&self, family: &mut Family<A>, key: &FlowKey<A>, flow: &Flow<A>, swept: &mut Swept) {
+    /// Looks at all entries of the flow: the last packet of either direction counts. Whether it was over.
+    fn look<A: NodeAddr>(
+        &self,
+        family: &mut Family<A>,
+        key: &FlowKey<A>,
+        flow: &Flow<A>,
+        swept: &mut Swept,
+    ) -> bool {
         // The main entry knows the masquerade port; where it is gone, this one has to do.
         let main_key = flow.key(Side::Forward);
         let there = family.flows.get(&main_key, 0).ok().filter(|main| main.same_origin(flow));
@@ -139,7 +174,7 @@ impl Round<'_> {
         let rank = seen.rank(main.proto);
         let spared = self.early.is_some_and(|early| rank <= early.most && youngest > early.age);
         if found == 0 || !timed_out && !spared {
-            return;
+            return found == 0;
         }
         if let Some(forward) = keys[0] {
             // A straight flow with the same tuple is found by way of this entry.
@@ -156,6 +191,7 @@ impl Round<'_> {
             Rank::Unanswered => swept.unanswered += 1,
             _ => swept.over += 1,
         }
+        true
     }
 }
 

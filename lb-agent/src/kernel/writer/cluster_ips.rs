@@ -23,6 +23,11 @@ impl<A> Default for ClusterIps<A> {
 }
 
 impl<A: NodeAddr> ClusterIps<A> {
+    /// How many are in the map.
+    pub(super) fn len(&self) -> usize {
+        self.frontends.len()
+    }
+
     /// An entry that a former agent wrote. Those that turn out to have no frontend go with [`Self::drop_orphans`].
     pub(super) fn adopt(&mut self, addr: A) {
         self.frontends.entry(addr).or_default();

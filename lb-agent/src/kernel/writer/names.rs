@@ -50,6 +50,11 @@ impl Names {
         orphans.into_iter().try_for_each(|id| self.drop_if_unused(map, id).map(drop))
     }
 
+    /// How many are in the map.
+    pub(super) fn len(&self) -> usize {
+        self.held.len()
+    }
+
     pub(super) fn is_known(&self, id: u32) -> bool {
         self.held.contains_key(&id)
     }

@@ -16,6 +16,8 @@ pub(super) struct Sets {
     by_content: HashMap<(u32, Arc<[Endpoint]>, bool), u32>,
     by_id: HashMap<u32, Held>,
     last: u32,
+    /// Entries of the slot tables: IPv4, IPv6.
+    groups: [usize; 2],
     backends: HashMap<(u32, SocketAddr), Backend>,
     free_backends: Vec<u32>,
     last_backend: u32,
@@ -48,6 +50,16 @@ struct Backend {
 }
 
 impl Sets {
+    /// How many entries the family's slot table has.
+    pub(super) fn groups<A: NodeAddr>(&self) -> usize {
+        self.groups[usize::from(!A::IS_V4)]
+    }
+
+    /// How many UDP backends there are.
+    pub(super) fn backends(&self) -> usize {
+        self.backends.len()
+    }
+
     /// A set with these endpoints, in the map already when this returns. Counts as used once more.
     pub(super) fn take<A: NodeAddr>(
         &mut self,
@@ -102,8 +114,9 @@ impl Sets {
         let written = group::<A>(endpoints, &backends).and_then(|group| {
             A::tables(tables).slots.insert(key, group, 0).context("write to the slot table")
         });
-        if written.is_err() {
-            self.release_backends(tables, service, endpoints, udp)?;
+        match &written {
+            Ok(()) => self.groups[usize::from(!A::IS_V4)] += 1,
+            Err(_) => self.release_backends(tables, service, endpoints, udp)?,
         }
         written.with_context(|| format!("write the endpoints {}", names(endpoints)))
     }
@@ -130,7 +143,7 @@ impl Sets {
         written: &[Endpoint],
         udp: bool,
     ) -> Result<()> {
-        remove_groups::<A>(tables, id, written.len())?;
+        self.remove_groups::<A>(tables, id, written.len())?;
         self.release_backends(tables, service, written, udp)
     }
 
@@ -143,8 +156,18 @@ impl Sets {
         }
         let Some(held) = self.by_id.remove(&set.id) else { return Ok(()) };
         self.by_content.remove(&(held.service, Arc::clone(&held.endpoints), held.udp));
-        remove_groups::<A>(tables, set.id, set.count as usize)?;
+        self.remove_groups::<A>(tables, set.id, set.count as usize)?;
         self.release_backends(tables, held.service, &held.endpoints, held.udp)
+    }
+
+    /// Deletes the entries that a set of so many slots has.
+    fn remove_groups<A: NodeAddr>(&mut self, tables: &mut Tables, set: u32, slots: usize) -> Result<()> {
+        for (group, _) in (0..).zip((0..slots).step_by(SLOT_GROUP)) {
+            let removed = A::tables(tables).slots.remove(&SlotGroupKey { set, group });
+            self.groups[usize::from(!A::IS_V4)] -= usize::from(removed.is_ok());
+            gone(removed).context("delete slots")?;
+        }
+        Ok(())
     }
 
     /// Backends that are in no set but that flows go to: a former agent may have kept them for those flows.
@@ -247,6 +270,7 @@ impl Sets {
             }
         }
         for (id, mut groups) in groups {
+            self.groups[usize::from(!A::IS_V4)] += groups.len();
             self.last = self.last.max(id);
             groups.sort_by_key(|(group, _)| *group);
             // No endpoint has port 0: these are beyond the end.
@@ -321,12 +345,4 @@ fn group<A: NodeAddr>(endpoints: &[Endpoint], backends: &[(u32, u32); SLOT_GROUP
 
 fn names(endpoints: &[Endpoint]) -> String {
     endpoints.iter().map(|endpoint| endpoint.addr().to_string()).collect::<Vec<_>>().join(", ")
-}
-
-/// The entries that a set of so many slots has.
-fn remove_groups<A: NodeAddr>(tables: &mut Tables, set: u32, slots: usize) -> Result<()> {
-    for (group, _) in (0..).zip((0..slots).step_by(SLOT_GROUP)) {
-        gone(A::tables(tables).slots.remove(&SlotGroupKey { set, group })).context("delete slots")?;
-    }
-    Ok(())
 }

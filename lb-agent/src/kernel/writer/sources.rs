@@ -27,6 +27,12 @@ impl Sources {
         Ok(())
     }
 
+    /// How many are in the maps of both families.
+    pub(super) fn len(&self) -> (usize, usize) {
+        let of = |v4| self.0.values().flatten().filter(|range| range.addr().is_ipv4() == v4).count();
+        (of(true), of(false))
+    }
+
     fn add(&mut self, service: u32, range: Result<IpNet, ipnet::PrefixLenError>) {
         self.0.entry(service).or_default().extend(range.ok());
     }

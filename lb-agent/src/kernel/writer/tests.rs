@@ -3,6 +3,7 @@
 mod failures;
 
 use super::MapWriter;
+use crate::kernel::fill::Fill;
 use crate::kernel::tables::{Family, NodeAddr, Tables};
 use crate::kernel::testing::Bpffs;
 use crate::model::{
@@ -30,7 +31,9 @@ impl Bpffs {
     /// An agent that has just started.
     fn writer(&self) -> (MapWriter, BTreeSet<FrontendAddr>) {
         let mut writer = MapWriter::new(self.tables(), Vec::new(), Vec::new());
+        writer.tell_of_fill(Fill::open(&self.pins).expect("the pinned maps"));
         let adopted = writer.adopt().expect("adopt").into_iter().collect();
+        counts_are_right(&writer);
         (writer, adopted)
     }
 
@@ -116,12 +119,31 @@ fn frontend(name: &str, set: EndpointSet) -> Frontend {
     }
 }
 
+/// What the writer says of the maps' fill is what is in them.
+fn counts_are_right(writer: &MapWriter) {
+    let (tables, fill) = (&writer.tables, writer.fill.as_ref().expect("somebody to tell"));
+    let expected = [
+        ("LB_FRONT4", tables.v4.frontends.keys().count()),
+        ("LB_FRONT6", tables.v6.frontends.keys().count()),
+        ("LB_SLOT4", tables.v4.slots.keys().count()),
+        ("LB_SLOT6", tables.v6.slots.keys().count()),
+        ("LB_SOURCE4", tables.v4.sources.keys().count()),
+        ("LB_SOURCE6", tables.v6.sources.keys().count()),
+        ("LB_CIDR4", tables.v4.cidrs.keys().count()),
+        ("LB_CIDR6", tables.v6.cidrs.keys().count()),
+        ("LB_NAME", tables.names.keys().count()),
+    ];
+    assert_eq!(expected.map(|(name, _)| (name, fill.get(name))), expected);
+}
+
 fn put(writer: &mut MapWriter, at: FrontendAddr, frontend: Frontend) {
     writer.apply(&Diff { upserts: vec![(at, frontend.into())], deletes: vec![] }).expect("write");
+    counts_are_right(writer);
 }
 
 fn delete(writer: &mut MapWriter, at: FrontendAddr) {
     writer.apply(&Diff { upserts: vec![], deletes: vec![at] }).expect("delete");
+    counts_are_right(writer);
 }
 
 #[test]
