@@ -1,5 +1,6 @@
 //! `kubectl logs` as a person reads it: a line for each thing that matters, and none for the rest.
 
+use std::net::TcpStream;
 use std::path::Path;
 use std::time::Duration;
 
@@ -141,6 +142,37 @@ fn the_log_has_a_line_for_each_thing_that_matters() -> Result<()> {
     let same = seen.iter().zip(expected).all(|(line, expected)| line.starts_with(expected));
     ensure!(same && seen.len() == expected.len(), "{seen:#?}");
     Ok(())
+}
+
+#[test]
+fn lost_packets_are_told_in_the_log_and_to_the_cluster() -> Result<()> {
+    let lab = Lab::builder("lost").pods(1).build()?;
+    let (node, pod, inet) = (lab.node(0), lab.pod(0, 0), lab.inet());
+    let _server = inet.serve_ports(&[8080], &[])?;
+    let server = ApiServer::start(node)?;
+    let api = server.api();
+    api.apply(json!({"apiVersion": "v1", "kind": "Node", "metadata": {"name": "n1"}}));
+    let mut command = Agent::command(&agent_exe()?, node);
+    command.args(["--master", &api.url(), "--masquerade-ports", "20000-20001"]);
+    let mut agent = Agent::spawn(command, node)?;
+    agent.wait_healthy(Duration::from_secs(20))?;
+
+    let at = inet.at(8080)[0];
+    let open = || (0..4).map(|_| TcpStream::connect_timeout(&at, Duration::from_millis(300)));
+    let connections: Vec<_> = pod.run_in(|| open().collect())?;
+    ensure!(connections.iter().filter(|one| one.is_ok()).count() == 2, "{connections:?}");
+    eventually(LATER, || {
+        let lines = lines(node, &api.url())?;
+        let told: Vec<_> = lines.iter().filter(|line| line.contains("masquerade_ports_exhausted")).collect();
+        let words = "dropped (masquerade_ports_exhausted): no masquerade port is left";
+        ensure!(told.len() == 1 && told[0].starts_with("WARN ") && told[0].contains(words), "{lines:#?}");
+        let events = api.objects("events");
+        let told = events.iter().filter(|event| event["reason"] == "MasqueradePortsExhausted");
+        let told: Vec<_> =
+            told.map(|event| (&event["regarding"]["kind"], &event["regarding"]["name"])).collect();
+        ensure!(told == [(&json!("Node"), &json!("n1"))], "{events:#?}");
+        Ok(())
+    })
 }
 
 /// When it last wrote.
