@@ -15,7 +15,7 @@ use std::path::Path;
 
 pub use flows::{Flow, flows};
 pub use services::{Frontend, services};
-pub use status::{Status, status};
+pub use status::{Pod, Status, status};
 
 /// Opens the maps below a BPF file system.
 ///

@@ -3,8 +3,9 @@
 use anyhow::Result;
 use clap::{Parser, Subcommand, ValueEnum};
 use comfy_table::{Table, presets};
-use lb_agent::inspect::{self, Flow, Frontend, Status};
+use lb_agent::inspect::{self, Flow, Frontend, Pod, Status};
 use lb_agent::kernel::pins::DEFAULT_BPFFS;
+use lb_attach::records::{DEFAULT_STATE_DIR, Records};
 use serde::Serialize;
 use std::io::{ErrorKind, Write as _};
 use std::path::PathBuf;
@@ -16,6 +17,9 @@ struct Cli {
     /// The BPF file system that lb-agent was given
     #[arg(long, global = true, value_name = "DIR", env = "LB_BPFFS", default_value = DEFAULT_BPFFS)]
     bpffs: PathBuf,
+    /// Where the CNI plugin writes pods down
+    #[arg(long, global = true, value_name = "DIR", env = "LB_STATE_DIR", default_value = DEFAULT_STATE_DIR)]
+    state_dir: PathBuf,
     /// Form of the output
     #[arg(short, long, global = true, value_enum, default_value = "table")]
     output: Output,
@@ -78,7 +82,7 @@ fn run(cli: Cli) -> Result<String> {
             print(cli.output, &all, || flows(&all))
         }
         Command::Status => {
-            let status = inspect::status(&pins, &tables)?;
+            let status = inspect::status(&pins, &Records::at(&cli.state_dir), &tables)?;
             print(cli.output, &status, || show_status(&status))
         }
     }
@@ -133,6 +137,11 @@ fn flows(all: &[Flow]) -> String {
     table.to_string()
 }
 
+fn pod(pod: &Pod) -> String {
+    let ips: Vec<String> = pod.ips.iter().map(ToString::to_string).collect();
+    format!("{} ({})", pod.name, ips.join(", "))
+}
+
 fn show_status(s: &Status) -> String {
     let agent = if s.agent_running { "running" } else { "not running (packets are served all the same)" };
     let hooks = if s.socket_hooks.is_empty() { "none".into() } else { s.socket_hooks.join(", ") };
@@ -140,11 +149,12 @@ fn show_status(s: &Status) -> String {
         "agent         {agent}\npins          {}\nsocket hooks  {hooks}\nfrontends     {}\nflows         {} ({} entries)\n\n",
         s.pins, s.frontends, s.flows, s.flow_entries
     );
-    let mut devices = table(["DEVICE", "ROLE", "MASQUERADES PODS", "ADDRESSES"]);
+    let mut devices = table(["DEVICE", "ROLE", "POD", "MASQUERADES PODS", "TO"]);
     for d in &s.devices {
         devices.add_row([
             d.name.clone().unwrap_or_else(|| format!("#{} (in another namespace)", d.index)),
             d.role.into(),
+            d.pod.as_ref().map_or_else(String::new, pod),
             if d.masquerade { "yes" } else { "no" }.into(),
             d.masquerade_to.join(" "),
         ]);

@@ -3,12 +3,13 @@
 use crate::kernel::pins::Pins;
 use crate::kernel::tables::Tables;
 use anyhow::{Context as _, Result};
+use lb_attach::records::Records;
 use lb_common::datapath::Reason;
 use lb_common::maps::{Device as Entry, Side};
 use serde::Serialize;
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashMap};
 use std::fs::File;
-use std::net::{Ipv4Addr, Ipv6Addr};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
 /// The state of a node.
 #[derive(Clone, Debug, Serialize)]
@@ -42,17 +43,29 @@ pub struct Device {
     pub name: Option<String>,
     /// `pod` or `node`.
     pub role: &'static str,
+    /// The pod behind it, if the CNI plugin has met it.
+    pub pod: Option<Pod>,
     /// Whether pods' traffic to the outside is masqueraded here.
     pub masquerade: bool,
     /// What flows are masqueraded to.
     pub masquerade_to: Vec<String>,
 }
 
+/// What the CNI plugin has written down of a pod.
+#[derive(Clone, Debug, Serialize)]
+pub struct Pod {
+    /// `namespace/name`; the container's id where the runtime gave no name.
+    pub name: String,
+    /// Its addresses.
+    pub ips: Vec<IpAddr>,
+}
+
 /// Reads it all.
 ///
 /// # Errors
 /// If a map cannot be read.
-pub fn status(pins: &Pins, tables: &Tables) -> Result<Status> {
+pub fn status(pins: &Pins, records: &Records, tables: &Tables) -> Result<Status> {
+    let mut pods = pods(records)?;
     let mut devices = Vec::new();
     for entry in tables.devices.iter() {
         let (index, device) = entry.context("read the device table")?;
@@ -64,9 +77,12 @@ pub fn status(pins: &Pins, tables: &Tables) -> Result<Status> {
         if !v6.is_unspecified() {
             to.push(v6.to_string());
         }
+        let name = nix::net::if_::if_indextoname(index).ok().and_then(|n| n.into_string().ok());
+        let pod = name.as_ref().and_then(|name| pods.remove(&(index, name.clone())));
         devices.push(Device {
             index,
-            name: nix::net::if_::if_indextoname(index).ok().and_then(|n| n.into_string().ok()),
+            name,
+            pod,
             role: if device.flags & Entry::POD != 0 { "pod" } else { "node" },
             masquerade: device.flags & Entry::MASQUERADE != 0,
             masquerade_to: to,
@@ -107,4 +123,16 @@ pub fn status(pins: &Pins, tables: &Tables) -> Result<Status> {
         drops,
         events,
     })
+}
+
+/// Pods by their device.
+fn pods(records: &Records) -> Result<HashMap<(u32, String), Pod>> {
+    let mut pods = HashMap::new();
+    for record in records.all()? {
+        if let Some(device) = record.device {
+            let pod = Pod { name: record.pod.unwrap_or(record.container_id), ips: record.ips };
+            pods.insert((device.index, device.name), pod);
+        }
+    }
+    Ok(pods)
 }

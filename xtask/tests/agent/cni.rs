@@ -3,6 +3,7 @@
 mod chains;
 mod parallel;
 mod repair;
+mod runtimes;
 mod verbs;
 
 use std::collections::BTreeMap;
