@@ -2,7 +2,7 @@
 
 use std::time::{Duration, Instant};
 
-use anyhow::Result;
+use anyhow::{Context, Result};
 use indicatif::{ProgressBar, ProgressStyle};
 
 use super::control;
@@ -72,7 +72,9 @@ pub(super) fn measure(run: &mut Run<'_>, blocks: &[Block], results: &mut Results
         if block.control {
             for site in &mut sites {
                 progress.show(&run.budget, format!("{}, changes, {}", counted(block), site.mode.name()));
-                control::measure(site, &cluster, run.depth, run.core, results)?;
+                control::measure(site, &cluster, run.depth, run.core, results).with_context(|| {
+                    format!("changes with {} in mode {}", counted(block), site.mode.name())
+                })?;
             }
         }
         progress.show(&run.budget, "taking down the labs".into());
@@ -116,6 +118,10 @@ fn start(
         let begin = Instant::now();
         let site = Site::start(mode, run.tools, run.core, cluster)?;
         run.budget.learn(mode, services, begin.elapsed());
+        let bridge_netfilter = site.bridge_netfilter()?;
+        if let Some(available) = results.modes.iter_mut().find(|a| a.mode == mode) {
+            available.bridge_netfilter = Some(bridge_netfilter);
+        }
         // A small cluster is there for each kind of Service: once is enough.
         let known =
             results.programming.iter().any(|p| (p.services, p.family, p.mode) == (services, family, mode));

@@ -154,10 +154,21 @@ impl Host {
     pub fn sysctl(&self, key: &str, value: &str) -> Result<()> {
         self.run_in(|| write_sysctl(key, value))?
     }
+
+    /// Reads a network sysctl, named as for [`Self::sysctl`].
+    pub fn read_sysctl(&self, key: &str) -> Result<String> {
+        let path = sysctl_path(key);
+        let text = self.run_in(|| fs::read_to_string(&path))?.with_context(|| format!("reading {path}"))?;
+        Ok(text.trim().to_owned())
+    }
 }
 
 /// Writes a network sysctl of the calling thread's namespace.
 pub(crate) fn write_sysctl(key: &str, value: &str) -> Result<()> {
-    let path = format!("/proc/sys/net/{}", key.replace('.', "/"));
+    let path = sysctl_path(key);
     fs::write(&path, value).with_context(|| format!("writing {value:?} to {path}"))
+}
+
+fn sysctl_path(key: &str) -> String {
+    format!("/proc/sys/net/{}", key.replace('.', "/"))
 }

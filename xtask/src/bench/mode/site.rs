@@ -15,6 +15,13 @@ use crate::bench::services::{self, Cluster, Service};
 use crate::bench::topology::{self, Path};
 use crate::lab::{ApiServer, Lab};
 
+/// Whether bridged packets pass netfilter.
+const BRIDGE_NETFILTER: [&str; 2] = ["bridge-nf-call-iptables", "bridge-nf-call-ip6tables"];
+
+fn bridge(key: &str) -> String {
+    format!("bridge.{key}")
+}
+
 /// A lab with clients and servers, whose nodes serve a cluster in some mode.
 #[derive(Debug)]
 pub(in crate::bench) struct Site {
@@ -57,10 +64,10 @@ impl Site {
             Lab::builder(&format!("bench-{}", mode.short())).pods(2).build().context("starting a lab")?;
         // kube-proxy cannot do without: replies within a bridge would miss their translation. We can, and so can the direct
         // way, but the clusters that we come to have it on, and what is compared must not differ in it.
-        for (node, family) in [(0, "iptables"), (0, "ip6tables"), (1, "iptables"), (1, "ip6tables")] {
-            lab.node(node).sysctl(&format!("bridge.bridge-nf-call-{family}"), "1")?;
-        }
         for node in [lab.node(0), lab.node(1)] {
+            for key in BRIDGE_NETFILTER {
+                node.sysctl(&bridge(key), "1")?;
+            }
             // Closed connections are tracked for two minutes otherwise, and at a benchmark's rate the table overflows.
             node.sysctl("netfilter.nf_conntrack_tcp_timeout_time_wait", "5")?;
         }
@@ -79,6 +86,17 @@ impl Site {
         let (proxy, programmed) = Proxy::start(mode, tools, &lab, cluster)
             .with_context(|| format!("{} Services in mode {}", cluster.all.len(), mode.name()))?;
         Ok(Self { mode, proxy, pod, outside, servers, softirqs: SoftIrqs::of(core), lab, programmed })
+    }
+
+    /// Whether bridged packets pass netfilter, as the nodes have it now: whoever serves them may have changed it.
+    pub(in crate::bench) fn bridge_netfilter(&self) -> Result<String> {
+        let values = BRIDGE_NETFILTER.map(|key| {
+            let values = [self.lab.node(0), self.lab.node(1)].map(|node| node.read_sysctl(&bridge(key)));
+            let [one, other] = values;
+            let (one, other) = (one?, other?);
+            Ok(if one == other { format!("{key}={one}") } else { format!("{key}={one} and {other}") })
+        });
+        Ok(values.into_iter().collect::<Result<Vec<_>>>()?.join(", "))
     }
 
     pub(in crate::bench) fn lab(&self) -> &Lab {

@@ -16,6 +16,8 @@ pub(in crate::bench) struct Available {
     pub(in crate::bench) mode: Mode,
     /// What serves it, or why nothing does.
     pub(in crate::bench) by: Result<String, String>,
+    /// Whether bridged packets passed netfilter while it was measured, as read from its node: `bridge-nf-call-iptables=1, …`.
+    pub(in crate::bench) bridge_netfilter: Option<String>,
 }
 
 /// A real kube-proxy.
@@ -64,7 +66,10 @@ impl Tools {
 
     /// All modes, with those that there are not.
     pub(in crate::bench) fn available(&self) -> Vec<Available> {
-        Mode::ALL.into_iter().map(|mode| Available { mode, by: self.by(mode) }).collect()
+        Mode::ALL
+            .into_iter()
+            .map(|mode| Available { mode, by: self.by(mode), bridge_netfilter: None })
+            .collect()
     }
 
     fn by(&self, mode: Mode) -> Result<String, String> {

@@ -22,8 +22,10 @@ pub(in crate::bench) fn head(results: &Results) -> String {
     );
     for available in &results.modes {
         let name = available.mode.name();
+        let bridge = available.bridge_netfilter.as_deref();
+        let bridge = bridge.map_or(String::new(), |values| format!("; {values}"));
         let _ = match &available.by {
-            Ok(by) => writeln!(out, "- {name}: {by}"),
+            Ok(by) => writeln!(out, "- {name}: {by}{bridge}"),
             Err(why) => writeln!(out, "- {name}: not available: {why}"),
         };
     }
@@ -50,15 +52,18 @@ pub(in crate::bench) fn body(results: &Results) -> String {
 }
 
 fn targets_kept(results: &Results, out: &mut String) {
-    let mut table = Table::new(&["target", "measured", "", "where it is worst"]);
+    let mut table = Table::new(&["target", "bar", "measured", "", "where it is worst"]);
     for target in targets::all(results) {
-        let kept = if target.is_kept() { "kept" } else { "**missed**" };
-        table.row(vec![target.what.clone(), target.measured(), kept.into(), target.worst.clone()]);
+        table.row(vec![
+            target.what.clone(),
+            target.bar(),
+            target.measured(),
+            target.verdict().into(),
+            target.place().into(),
+        ]);
     }
-    if !table.is_empty() {
-        let _ = writeln!(out, "\n## Targets\n");
-        table.render(out);
-    }
+    let _ = writeln!(out, "\n## Targets\n");
+    table.render(out);
 }
 
 fn traffic(results: &Results, load: Load, out: &mut String) {
