@@ -11,6 +11,8 @@ use aya::{Ebpf, EbpfLoader};
 use lb_attach::attach::{self, Attacher, Hook};
 use lb_common::maps::{Held, flags};
 use std::os::fd::AsRawFd as _;
+use std::panic::resume_unwind;
+use std::thread;
 use tracing::warn;
 
 /// The compiled programs.
@@ -134,11 +136,27 @@ pub fn load(pins: &Pins, args: &RunArgs, features: Features) -> Result<Ebpf> {
     if let Some(warning) = kept_size(pins, args.flow_table_max)? {
         warn!("{warning}");
     }
-    for hook in Hook::BOTH {
-        let program = tc_program(&mut ebpf, hook)?;
-        program.load().with_context(|| format!("load the tc program {}", hook.program()))?;
-    }
+    load_tc(&mut ebpf)?;
     Ok(ebpf)
+}
+
+/// Loads the tc programs side by side: to verify them is nearly all that the agent does until it is ready, and the kernel
+/// can do that on as many processors as there are programs.
+fn load_tc(ebpf: &mut Ebpf) -> Result<()> {
+    let names = Hook::BOTH.map(Hook::program);
+    thread::scope(|scope| {
+        let programs = ebpf.programs_mut().filter(|(name, _)| names.contains(name));
+        let loads: Vec<_> = programs
+            .map(|(name, program)| {
+                let name = name.to_owned();
+                scope.spawn(move || -> Result<()> {
+                    let program: &mut SchedClassifier = program.try_into()?;
+                    program.load().with_context(|| format!("load the tc program {name}"))
+                })
+            })
+            .collect();
+        loads.into_iter().try_for_each(|load| load.join().unwrap_or_else(|panic| resume_unwind(panic)))
+    })
 }
 
 fn tc_program(ebpf: &mut Ebpf, hook: Hook) -> Result<&mut SchedClassifier> {
