@@ -198,19 +198,20 @@ impl Budget {
         Err(format!("programming would take about {needed:.0} s of the {left:.0} s that were left"))
     }
 
-    /// Rounds of the next cell, given what one takes, the cells to come and the blocks after this one.
+    /// Rounds of the next cell, given what one takes, the cells to come, this block, whose changes come last, and the later
+    /// ones.
     pub(super) fn rounds(
         &self,
         round: Duration,
         cells_left: usize,
-        later: &[Block],
+        (this, later): (&Block, &[Block]),
         modes: &[Mode],
         depth: Depth,
     ) -> usize {
         let control = |block: &Block| if block.control { control(depth, modes) } else { 0.0 };
         let starting = |block: &Block| modes.iter().map(|&mode| starting(mode, block.services)).sum::<f64>();
         let later: f64 = later.iter().map(|block| self.slowness * starting(block) + control(block)).sum();
-        let share = (self.left() - later - programs(depth)) / cells_left.max(1) as f64;
+        let share = (self.left() - control(this) - later - programs(depth)) / cells_left.max(1) as f64;
         let rounds = (share / round.as_secs_f64()).max(0.0) as usize;
         // Even, so that forth and back are as many.
         let most = if depth == Depth::Smoke { FEWEST_ROUNDS } else { MOST_ROUNDS };
@@ -282,15 +283,20 @@ mod tests {
     #[test]
     fn rounds_follow_from_the_time_left() {
         let budget = Budget::new(Duration::from_secs(100));
-        let rounds = |ms, cells, later: &[Block]| {
-            budget.rounds(Duration::from_millis(ms), cells, later, &MODES, Depth::Quick)
+        let mut this = blocks(Depth::Quick, &[1], &[IpFamily::V4]).remove(0);
+        this.control = false;
+        let of = |this: &Block, ms, cells, later: &[Block]| {
+            budget.rounds(Duration::from_millis(ms), cells, (this, later), &MODES, Depth::Quick)
         };
+        let rounds = |ms, cells, later: &[Block]| of(&this, ms, cells, later);
         assert_eq!(rounds(100, 10, &[]), MOST_ROUNDS);
         let some = rounds(500, 10, &[]);
         assert!((14..=18).contains(&some), "{some}");
         assert_eq!(rounds(1000, 1000, &[]), FEWEST_ROUNDS);
         let later = blocks(Depth::Quick, &[10_000], &[IpFamily::V4]);
         assert!(rounds(500, 10, &later) < some);
+        let with_changes = Block { control: true, ..this.clone() };
+        assert!(of(&with_changes, 500, 10, &[]) < some);
     }
 
     #[test]

@@ -64,7 +64,7 @@ pub(super) fn measure(run: &mut Run<'_>, blocks: &[Block], results: &mut Results
             progress.show(&run.budget, what);
             let later = &blocks[i + 1..];
             let cells_left = block.cells.len() - c + later.iter().map(|b| b.cells.len()).sum::<usize>();
-            let turns = take(run, &mut sites, *cell, &cluster, (cells_left, later))?;
+            let turns = take(run, &mut sites, *cell, &cluster, (cells_left, block, later))?;
             let of = Of { load: cell.load, path: cell.path, family: block.family, services: block.services };
             turns.evaluate(of, results);
         }
@@ -142,7 +142,7 @@ fn take(
     sites: &mut [Site],
     cell: Cell,
     cluster: &Cluster,
-    (cells_left, later): (usize, &[Block]),
+    (cells_left, this, later): (usize, &Block, &[Block]),
 ) -> Result<Turns> {
     let mut sites: Vec<_> = sites.iter_mut().filter(|site| site.mode.is_for(cell.path)).collect();
     let mut turns = Turns::new(sites.iter().map(|site| site.mode));
@@ -170,7 +170,7 @@ fn take(
     let rounds = run.budget.rounds(
         begin.elapsed().max(Duration::from_millis(1)),
         cells_left,
-        later,
+        (this, later),
         &run.modes,
         run.depth,
     );
