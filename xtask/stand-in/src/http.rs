@@ -28,6 +28,8 @@ pub(crate) async fn serve(listener: TcpListener, shared: Arc<Shared>) {
         }
         let shared = shared.clone();
         tokio::spawn(async move {
+            // As the real one does: or an event waits for the client's delayed acknowledgement of the one before.
+            let _ = stream.set_nodelay(true);
             if !shared.tls.is_on() {
                 connection(stream, shared).await;
             } else if let Some(stream) = shared.tls.accept(stream).await {
