@@ -26,4 +26,3 @@ mod refusals;
 mod reordered;
 mod restart;
 mod support;
-mod upgrade;
