@@ -2,6 +2,7 @@
 
 use crate::kernel::pins::Pins;
 use crate::kernel::tables::Tables;
+use crate::kernel::xdp;
 use anyhow::{Context as _, Result};
 use lb_attach::records::Records;
 use lb_common::datapath::Reason;
@@ -49,6 +50,8 @@ pub struct Device {
     pub masquerade: bool,
     /// What flows are masqueraded to.
     pub masquerade_to: Vec<String>,
+    /// Whether XDP sends on what only passes through.
+    pub xdp: bool,
 }
 
 /// What the CNI plugin has written down of a pod.
@@ -66,7 +69,7 @@ pub struct Pod {
 /// If a map cannot be read.
 pub fn status(pins: &Pins, records: &Records, tables: &Tables) -> Result<Status> {
     let mut pods = pods(records)?;
-    let mut devices = Vec::new();
+    let (mut devices, with_xdp) = (Vec::new(), xdp::attached(pins));
     for entry in tables.devices.iter() {
         let (index, device) = entry.context("read the device table")?;
         let mut to = Vec::new();
@@ -86,6 +89,7 @@ pub fn status(pins: &Pins, records: &Records, tables: &Tables) -> Result<Status>
             role: if device.flags & Entry::POD != 0 { "pod" } else { "node" },
             masquerade: device.flags & Entry::MASQUERADE != 0,
             masquerade_to: to,
+            xdp: with_xdp.contains(&index),
         });
     }
     devices.sort_by_key(|d| d.index);

@@ -1,13 +1,15 @@
 //! Loads the programs: what the kernel can do is found out first, and compiled in by constants.
 
 use super::pins::Pins;
-use crate::cli::{RunArgs, SocketLb};
+use super::xdp;
+use crate::cli::{RunArgs, SocketLb, XdpArg};
 use anyhow::{Context as _, Result, anyhow, bail};
 use aya::maps::MapInfo;
-use aya::programs::{ProgramType, SchedClassifier};
+use aya::programs::{Program, ProgramType, SchedClassifier, Xdp};
 use aya::sys::{BpfHelper, is_helper_supported, is_program_supported};
 use aya::util::nr_cpus;
 use aya::{Ebpf, EbpfLoader};
+use aya_obj::programs::XdpAttachType;
 use lb_attach::attach::{self, Attacher, Hook};
 use lb_common::maps::{Held, flags};
 use std::os::fd::AsRawFd as _;
@@ -19,7 +21,7 @@ use tracing::warn;
 pub(crate) static OBJECT: &[u8] = aya::include_bytes_aligned!(concat!(env!("OUT_DIR"), "/lb-ebpf.o"));
 
 /// Every map of the object, all pinned.
-pub(crate) const MAPS: [&str; 25] = [
+pub(crate) const MAPS: [&str; 27] = [
     "LB_FLOW4",
     "LB_FLOW6",
     "LB_FRONT4",
@@ -39,6 +41,8 @@ pub(crate) const MAPS: [&str; 25] = [
     "LB_TAKEN",
     "LB_EPOCH",
     "LB_DEVICE",
+    "LB_XDP",
+    "LB_VTEP",
     "LB_PORTS",
     "LB_COUNT",
     "LB_NAME",
@@ -137,6 +141,10 @@ pub fn load(pins: &Pins, args: &RunArgs, features: Features) -> Result<Ebpf> {
         warn!("{warning}");
     }
     load_tc(&mut ebpf)?;
+    if args.xdp != XdpArg::Off {
+        let program: &mut Xdp = program(&mut ebpf, xdp::PROGRAM)?.try_into()?;
+        program.load().with_context(|| format!("load the XDP program {}", xdp::PROGRAM))?;
+    }
     Ok(ebpf)
 }
 
@@ -159,10 +167,24 @@ fn load_tc(ebpf: &mut Ebpf) -> Result<()> {
     })
 }
 
-fn tc_program(ebpf: &mut Ebpf, hook: Hook) -> Result<&mut SchedClassifier> {
-    let name = hook.program();
-    let program = ebpf.program_mut(name).with_context(|| format!("the object has no program {name}"))?;
-    Ok(program.try_into()?)
+fn program<'a>(ebpf: &'a mut Ebpf, name: &str) -> Result<&'a mut Program> {
+    ebpf.program_mut(name).with_context(|| format!("the object has no program {name}"))
+}
+
+/// Pins the XDP program, which stays in the kernel without its object then, and opens it; or takes it off, if it is not
+/// wanted.
+///
+/// # Errors
+/// If the kernel refuses.
+pub fn pin_xdp(ebpf: &mut Ebpf, pins: &Pins, args: &RunArgs) -> Result<Option<xdp::Xdp>> {
+    if args.xdp == XdpArg::Off {
+        return xdp::switch_off(pins).map(|()| None);
+    }
+    let pin = pins.program(xdp::PROGRAM);
+    attach::pin_program(&pins.lock()?, pins, xdp::PROGRAM, program(ebpf, xdp::PROGRAM)?)?;
+    let program = Xdp::from_pin(&pin, XdpAttachType::Interface)
+        .with_context(|| format!("open the program {}", pin.display()))?;
+    xdp::Xdp::open(program, pins, args.xdp).map(Some)
 }
 
 /// Pins the tc programs: from now on the CNI plugin attaches these, too.
@@ -172,7 +194,7 @@ fn tc_program(ebpf: &mut Ebpf, hook: Hook) -> Result<&mut SchedClassifier> {
 pub fn pin(ebpf: &mut Ebpf, pins: &Pins, features: Features) -> Result<Attacher> {
     let turn = pins.lock()?;
     for hook in Hook::BOTH {
-        attach::pin_program(&turn, pins, hook, tc_program(ebpf, hook)?)?;
+        attach::pin_program(&turn, pins, hook.program(), program(ebpf, hook.program())?)?;
     }
     Attacher::open(&turn, pins, features.tcx)?.context("the programs that were just pinned are gone")
 }
