@@ -101,7 +101,8 @@ pub async fn run(args: RunArgs) -> Result<()> {
     drop(ebpf);
     memory::give_back();
     let writer = Beside::new(writer, Guard::start(&pins)?);
-    let devices = follow_devices(Devices::new(attacher, xdp, pins, args.clone(), device_stats), events.clone());
+    let devices =
+        follow_devices(Devices::new(attacher, xdp, pins, args.clone(), device_stats), events.clone());
     keep_plugin(&args)?;
     let source = source.start(node_name, events);
     let sync = tokio::spawn(sync::run(args.desired(), receiver, writer, reports));
