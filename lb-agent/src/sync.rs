@@ -21,7 +21,7 @@ pub use crate::desired::Diff;
 
 /// The first change is written at once. After that we rest for ten times as long as the writing took, so that a
 /// storm of changes costs a tenth of a core at most; between these bounds.
-const REST: std::ops::RangeInclusive<Duration> = Duration::from_millis(1)..=Duration::from_secs(1);
+const REST: std::ops::RangeInclusive<Duration> = Duration::from_millis(5)..=Duration::from_secs(1);
 /// Between attempts to write, doubled at each.
 const RETRY: std::ops::RangeInclusive<Duration> = Duration::from_millis(100)..=Duration::from_secs(5);
 
