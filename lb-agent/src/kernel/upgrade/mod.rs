@@ -7,11 +7,13 @@ mod layout;
 mod maps;
 
 use super::pins::{Pins, Place};
+use super::ports::{self, Half};
 use super::programs::{self, Features};
 use super::sockets;
 use super::syscall::Update;
 use crate::cli::{RunArgs, SocketLb};
 use anyhow::{Context as _, Result};
+use aya::maps::{Array, Map};
 use aya::programs::SchedClassifier;
 use layout::Layouts;
 use lb_attach::attach::{Attacher, Hook};
@@ -116,6 +118,11 @@ fn take_over(old: &Pins, pins: &Pins, args: &RunArgs, features: Features, begun:
                 pins.version()
             );
         }
+    }
+    // What the others masquerade from now on, and what we do, cannot meet, though neither knows the other's latest.
+    for (pins, half) in [(old, Half::Odd), (pins, Half::Even)] {
+        let mut ports = Array::try_from(Map::Array(maps::open(pins, "LB_PORTS")?))?;
+        ports::reserve_half(&mut ports, half)?;
     }
     let attacher = programs::pin(&mut ebpf, pins, features, Place::Front)?;
     put_on_all_devices(pins, attacher)?;
