@@ -20,8 +20,11 @@ use tracing::{debug, error, info, warn};
 pub use crate::desired::Diff;
 
 /// The first change is written at once. After that we rest for ten times as long as the writing took, so that a
-/// storm of changes costs a tenth of a core at most; between these bounds.
-const REST: std::ops::RangeInclusive<Duration> = Duration::from_millis(5)..=Duration::from_secs(1);
+/// storm of changes costs a tenth of a core at most, this long at most.
+const LONGEST_REST: Duration = Duration::from_secs(1);
+/// The shortest rest: doubled while changes come during it, so that a burst is written together and one change after
+/// another is not kept waiting.
+const GATHER: std::ops::RangeInclusive<Duration> = Duration::from_micros(1500)..=Duration::from_millis(6);
 /// Between attempts to write, doubled at each.
 const RETRY: std::ops::RangeInclusive<Duration> = Duration::from_millis(100)..=Duration::from_secs(5);
 
@@ -119,6 +122,9 @@ struct Loop<W> {
     dirty: bool,
     first: bool,
     not_before: Instant,
+    /// The shortest rest at present, and whether something changed during it.
+    gather: Duration,
+    kept_waiting: bool,
     retry: Duration,
 }
 
@@ -142,6 +148,8 @@ impl<W: Writer> Loop<W> {
             dirty: false,
             first: true,
             not_before: Instant::now(),
+            gather: *GATHER.start(),
+            kept_waiting: false,
             retry: *RETRY.start(),
         }
     }
@@ -179,6 +187,7 @@ impl<W: Writer> Loop<W> {
                     return;
                 }
                 self.dirty = true;
+                self.kept_waiting |= Instant::now() < self.not_before;
                 self.reports.health.set_node_eligible(self.store.node().eligible);
             }
         }
@@ -223,21 +232,27 @@ impl<W: Writer> Loop<W> {
         let took = start.elapsed();
         debug!("{computed} Services: {upserts} frontends written, {deletes} removed in {took:?}");
         let totals = self.reconciler.totals();
-        if std::mem::take(&mut self.first) {
+        let first = std::mem::take(&mut self.first);
+        if first {
             info!(
                 "{} Services with {} frontends are in place after {took:?}",
                 totals.services, totals.frontends
             );
         }
         let done = std::mem::take(&mut self.pending);
-        if computed > MANY {
+        // Starting is over, too.
+        if first || computed > MANY {
             memory::give_back();
         }
         self.reports.metrics.synced(took, totals, &done.triggers);
         self.reports.health.synced();
         self.dirty = false;
         self.retry = *RETRY.start();
-        self.not_before = Instant::now() + (took * 10).clamp(*REST.start(), *REST.end());
+        self.gather = match std::mem::take(&mut self.kept_waiting) {
+            true => (self.gather * 2).min(*GATHER.end()),
+            false => *GATHER.start(),
+        };
+        self.not_before = Instant::now() + (took * 10).clamp(self.gather, LONGEST_REST);
     }
 
     fn try_write(&mut self, diff: &Diff) -> anyhow::Result<()> {
