@@ -123,7 +123,7 @@ impl Builder<'_> {
         let Some(v4) = addresses.peek().map(|address| address.is_ipv4()) else { return };
         let frontend = Arc::new(self.frontend(kind, v4));
         for address in addresses {
-            let key = FrontendAddr { addr: SocketAddr::new(*address, port), protocol: self.port.protocol };
+            let key = FrontendAddr::new(SocketAddr::new(*address, port), self.port.protocol);
             // The same address twice in one Service: the kinds come in order of precedence.
             self.desired.frontends.entry(key).or_insert_with(|| frontend.clone());
         }

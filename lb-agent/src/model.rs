@@ -69,13 +69,26 @@ pub enum FrontendKind {
     ExternalIp,
 }
 
-/// What packets are sent to: the key of a frontend.
+/// What packets are sent to: the key of a frontend. Each is kept in several places, and a [`SocketAddr`] is half as large
+/// again.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct FrontendAddr {
-    /// Address and port (host representation; the map writer turns them into network order).
-    pub addr: SocketAddr,
+    ip: IpAddr,
+    port: u16,
     /// Protocol.
     pub protocol: Protocol,
+}
+
+impl FrontendAddr {
+    /// Of an address and port in host representation; the map writer turns them into network order.
+    pub const fn new(addr: SocketAddr, protocol: Protocol) -> Self {
+        Self { ip: addr.ip(), port: addr.port(), protocol }
+    }
+
+    /// Address and port.
+    pub const fn addr(&self) -> SocketAddr {
+        SocketAddr::new(self.ip, self.port)
+    }
 }
 
 /// One backend of a frontend. There are more of these than of anything else, and a [`SocketAddr`] is half as large again.

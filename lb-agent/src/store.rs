@@ -115,7 +115,13 @@ impl Store {
                 self.dirty.triggers.extend(slice.trigger);
             }
         }
-        if let Some(slice) = slice {
+        if let Some(mut slice) = slice {
+            // One copy of the name in memory.
+            if let Some((known, _)) = self.objects.get_key_value(&slice.service)
+                && let Some(slice) = Arc::get_mut(&mut slice)
+            {
+                slice.service = known.clone();
+            }
             self.owners.insert(name.clone(), slice.service.clone());
             let slices = &mut self.objects.entry(slice.service.clone()).or_default().slices;
             let at = slices.partition_point(|(other, _)| *other < name);

@@ -271,7 +271,7 @@ impl Kept {
     fn new(created: i64, desired: DesiredService) -> Self {
         let (mut internal, mut external) = (BTreeSet::new(), BTreeSet::new());
         for (address, frontend) in &desired.frontends {
-            let key = (&frontend.service.port, address.addr.is_ipv4());
+            let key = (&frontend.service.port, address.addr().is_ipv4());
             let (inside, outside) = frontend.without_local();
             internal.extend(inside.then_some(key));
             external.extend(outside.then_some(key));

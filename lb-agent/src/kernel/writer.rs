@@ -117,7 +117,7 @@ impl MapWriter {
                 continue;
             }
             let Some(protocol) = protocol(key.proto) else { continue };
-            let addr = FrontendAddr { addr: SocketAddr::new(key.addr.into(), key.port.get()), protocol };
+            let addr = FrontendAddr::new(SocketAddr::new(key.addr.into(), key.port.get()), protocol);
             self.frontends.insert(addr, frontend);
             self.frontends4 += usize::from(A::IS_V4);
         }
@@ -199,7 +199,7 @@ impl MapWriter {
         if wanted.masquerade_always {
             flags |= Frontend::MASQUERADE_ALWAYS;
         }
-        if at.addr.ip().is_loopback() {
+        if at.addr().ip().is_loopback() {
             flags |= Frontend::SOCKETS_ONLY;
         }
         if let Some(sources) = &wanted.sources {
@@ -222,7 +222,7 @@ impl MapWriter {
         self.hold_address::<A>(at, &value)?;
         if let Err(error) = A::tables(&mut self.tables).frontends.insert(key, value, 0) {
             self.release_address::<A>(at, &value)?;
-            return Err(error).with_context(|| format!("write the frontend {} {}", at.addr, at.protocol));
+            return Err(error).with_context(|| format!("write the frontend {} {}", at.addr(), at.protocol));
         }
         let new = self.frontends.insert(*at, value).is_none();
         self.frontends4 += usize::from(A::IS_V4 && new);
@@ -258,7 +258,7 @@ impl MapWriter {
         let Some(old) = self.frontends.get(at).copied() else { return Ok(()) };
         let key = frontend_key::<A>(at)?;
         gone(A::tables(&mut self.tables).frontends.remove(&key))
-            .with_context(|| format!("delete the frontend {} {}", at.addr, at.protocol))?;
+            .with_context(|| format!("delete the frontend {} {}", at.addr(), at.protocol))?;
         self.frontends.remove(at);
         self.frontends4 -= usize::from(A::IS_V4);
         let lingered = self.lingering.remove(at);
@@ -280,7 +280,7 @@ impl MapWriter {
     fn hold_address<A: Own>(&mut self, at: &FrontendAddr, value: &Frontend) -> Result<()> {
         if value.kind == kind(FrontendKind::ClusterIp) {
             let (tables, ips) = A::cluster_ips(self);
-            ips.hold(tables, addr(at.addr.ip())?)?;
+            ips.hold(tables, addr(at.addr().ip())?)?;
         }
         Ok(())
     }
@@ -288,7 +288,7 @@ impl MapWriter {
     fn release_address<A: Own>(&mut self, at: &FrontendAddr, value: &Frontend) -> Result<()> {
         if value.kind == kind(FrontendKind::ClusterIp) {
             let (tables, ips) = A::cluster_ips(self);
-            ips.release(tables, addr(at.addr.ip())?)?;
+            ips.release(tables, addr(at.addr().ip())?)?;
         }
         Ok(())
     }
@@ -303,7 +303,7 @@ impl Writer for MapWriter {
         let frontends: Vec<_> = self.frontends.iter().map(|(at, value)| (*at, *value)).collect();
         for (at, frontend) in &frontends {
             self.names.hold(frontend.service);
-            match at.addr {
+            match at.addr() {
                 SocketAddr::V4(_) => self.hold_address::<Ip4>(at, frontend)?,
                 SocketAddr::V6(_) => self.hold_address::<Ip6>(at, frontend)?,
             }
@@ -323,14 +323,14 @@ impl Writer for MapWriter {
     fn apply(&mut self, diff: &Diff) -> Result<()> {
         let mut failed = Vec::new();
         for (at, frontend) in &diff.upserts {
-            let result = match at.addr {
+            let result = match at.addr() {
                 SocketAddr::V4(_) => self.upsert::<Ip4>(at, frontend),
                 SocketAddr::V6(_) => self.upsert::<Ip6>(at, frontend),
             };
             failed.extend(result.err());
         }
         for at in &diff.deletes {
-            let result = match at.addr {
+            let result = match at.addr() {
                 SocketAddr::V4(_) => self.delete::<Ip4>(at),
                 SocketAddr::V6(_) => self.delete::<Ip6>(at),
             };
@@ -380,7 +380,7 @@ impl Own for Ip6 {
 }
 
 fn frontend_key<A: NodeAddr>(at: &FrontendAddr) -> Result<FrontendKey<A>> {
-    Ok(FrontendKey::new(addr(at.addr.ip())?, NetPort::new(at.addr.port()), at.protocol.number()))
+    Ok(FrontendKey::new(addr(at.addr().ip())?, NetPort::new(at.addr().port()), at.protocol.number()))
 }
 
 fn addr<A: NodeAddr>(ip: IpAddr) -> Result<A> {

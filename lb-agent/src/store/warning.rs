@@ -66,7 +66,7 @@ pub enum Warning {
     #[error("spec.externalIPs is not served: --external-ips=false")]
     ExternalIps,
     /// An older Service has the same address, port and protocol.
-    #[error("{} {}:{} is not served: {owner} is older and has it already", .frontend.protocol, .frontend.addr.ip(), .frontend.addr.port())]
+    #[error("{} {}:{} is not served: {owner} is older and has it already", .frontend.protocol, .frontend.addr().ip(), .frontend.addr().port())]
     Taken {
         /// What both claim.
         frontend: FrontendAddr,

@@ -260,7 +260,7 @@ fn source_ranges_restrict_load_balancer_addresses_of_their_family() {
         let all = world.desired("web").frontends;
         let restricted = all.iter().filter_map(|(at, frontend)| Some((at, frontend.sources.as_ref()?)));
         let text = restricted.map(|(at, sources)| {
-            (at.addr.to_string(), sources.ranges.iter().map(ToString::to_string).collect(), sources.node)
+            (at.addr().to_string(), sources.ranges.iter().map(ToString::to_string).collect(), sources.node)
         });
         text.collect()
     };

@@ -33,7 +33,7 @@ impl Bench {
         let diff = self.diff();
         let mut lines: Vec<_> =
             diff.upserts.iter().map(|(address, frontend)| show(address, frontend)).collect();
-        lines.extend(diff.deletes.iter().map(|address| format!("-{}", address.addr)));
+        lines.extend(diff.deletes.iter().map(|address| format!("-{}", address.addr())));
         self.reconciler.committed(diff);
         lines
     }
@@ -172,9 +172,7 @@ fn a_failed_write_leaves_nothing_to_chance() {
 }
 
 fn adopted(ips: &[&str]) -> Vec<FrontendAddr> {
-    ips.iter()
-        .map(|ip| FrontendAddr { addr: format!("{ip}:80").parse().unwrap(), protocol: Protocol::Tcp })
-        .collect()
+    ips.iter().map(|ip| FrontendAddr::new(format!("{ip}:80").parse().unwrap(), Protocol::Tcp)).collect()
 }
 
 #[test]

@@ -35,7 +35,7 @@ impl Writer for Recorder {
         let mut recorded = self.0.lock().unwrap();
         let mut lines: Vec<_> =
             diff.upserts.iter().map(|(address, frontend)| show(address, frontend)).collect();
-        lines.extend(diff.deletes.iter().map(|address| format!("-{}", address.addr)));
+        lines.extend(diff.deletes.iter().map(|address| format!("-{}", address.addr())));
         recorded.writes.push((Instant::now(), lines));
         if recorded.fail > 0 {
             recorded.fail -= 1;
@@ -94,7 +94,7 @@ fn pods(list: &str) -> Change {
 #[tokio::test(start_paused = true)]
 async fn nothing_is_written_before_everything_is_listed() {
     let recorder = Recorder::default();
-    let stale = FrontendAddr { addr: "10.96.0.9:80".parse().unwrap(), protocol: Protocol::Tcp };
+    let stale = FrontendAddr::new("10.96.0.9:80".parse().unwrap(), Protocol::Tcp);
     recorder.0.lock().unwrap().adopted = vec![stale];
     let bench = Bench::start(recorder);
     bench.send(vec![web(), pods("10.0.0.1")]).await;

@@ -149,5 +149,5 @@ pub(crate) fn show(address: &FrontendAddr, frontend: &Frontend) -> String {
     };
     let (internal, external) = (set(&frontend.internal), set(&frontend.external));
     let sets = if internal == external { internal } else { format!("{internal} | {external}") };
-    format!("{}/{} {:?}: {sets}", address.addr, address.protocol, frontend.kind)
+    format!("{}/{} {:?}: {sets}", address.addr(), address.protocol, frontend.kind)
 }

@@ -29,13 +29,13 @@ impl<W> Beside<W> {
 impl<W: Writer> Writer for Beside<W> {
     fn adopt(&mut self) -> Result<Vec<FrontendAddr>> {
         let adopted = self.writer.adopt()?;
-        self.served = adopted.iter().filter(|at| at.protocol == Protocol::Udp).map(|at| at.addr).collect();
+        self.served = adopted.iter().filter(|at| at.protocol == Protocol::Udp).map(|at| at.addr()).collect();
         Ok(adopted)
     }
 
     fn apply(&mut self, diff: &Diff) -> Result<()> {
         for at in diff.deletes.iter().filter(|at| at.protocol == Protocol::Udp) {
-            self.served.remove(&at.addr);
+            self.served.remove(&at.addr());
         }
         let new = self.begin(diff);
         let look = !new.is_empty() && self.guard.expects(self.first) || self.first;
@@ -72,7 +72,7 @@ impl<W> Beside<W> {
     /// UDP addresses that were not served.
     fn begin(&self, diff: &Diff) -> HashSet<SocketAddr> {
         let udp = diff.upserts.iter().filter(|(at, _)| at.protocol == Protocol::Udp);
-        udp.map(|(at, _)| at.addr).filter(|at| !self.served.contains(at)).collect()
+        udp.map(|(at, _)| at.addr()).filter(|at| !self.served.contains(at)).collect()
     }
 
     fn found(&self, seen: Seen) {
@@ -93,10 +93,10 @@ fn endpoints(diff: &Diff, new: &HashSet<SocketAddr>) -> HashMap<SocketAddr, Hash
         EndpointSet::Endpoints(all) => all.iter().map(|endpoint| endpoint.addr()).collect::<Vec<_>>(),
         EndpointSet::Reject | EndpointSet::Drop => Vec::new(),
     };
-    let new = diff.upserts.iter().filter(|(at, _)| at.protocol == Protocol::Udp && new.contains(&at.addr));
+    let new = diff.upserts.iter().filter(|(at, _)| at.protocol == Protocol::Udp && new.contains(&at.addr()));
     new.map(|(at, frontend)| {
         let all = of(&frontend.internal).into_iter().chain(of(&frontend.external));
-        (at.addr, all.chain(frontend.lingering.iter().copied()).collect())
+        (at.addr(), all.chain(frontend.lingering.iter().copied()).collect())
     })
     .collect()
 }

@@ -38,7 +38,7 @@ fn serve(protocol: Protocol, addr: &str, backend: &str) -> (FrontendAddr, Arc<mo
         sources: None,
         lingering: Arc::default(),
     };
-    (FrontendAddr { addr: at(addr), protocol }, frontend.into())
+    (FrontendAddr::new(at(addr), protocol), frontend.into())
 }
 
 /// A DNS Service and a web Service in both families, and what netfilter translates to them.

@@ -263,7 +263,7 @@ impl Sets {
         frontends: &HashMap<FrontendAddr, Frontend>,
     ) -> Result<()> {
         let mut users: BTreeMap<u32, (u32, bool, usize)> = BTreeMap::new();
-        for (at, frontend) in frontends.iter().filter(|(at, _)| at.addr.is_ipv4() == A::IS_V4) {
+        for (at, frontend) in frontends.iter().filter(|(at, _)| at.addr().is_ipv4() == A::IS_V4) {
             for set in [frontend.internal, frontend.external] {
                 let udp = at.protocol == crate::model::Protocol::Udp;
                 users.entry(set.id).or_insert((frontend.service, udp, 0)).2 += 1;

@@ -94,7 +94,7 @@ fn sources<A: NodeAddr>(
 }
 
 fn at(addr: &str, protocol: Protocol) -> FrontendAddr {
-    FrontendAddr { addr: addr.parse().expect("an address"), protocol }
+    FrontendAddr::new(addr.parse().expect("an address"), protocol)
 }
 
 fn endpoints(addrs: &[&str]) -> EndpointSet {
