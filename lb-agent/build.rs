@@ -1,6 +1,6 @@
 //! Compiles the kernel programs and leaves them where `include_bytes!` finds them.
 
-use anyhow::{Context as _, Result};
+use anyhow::{Context as _, Result, ensure};
 use std::path::PathBuf;
 
 fn main() -> Result<()> {
@@ -20,7 +20,13 @@ fn main() -> Result<()> {
     }
     let target = root.join("target");
     let toolchain = lb_toolchain::Toolchain::find_or_install(&target.join("tools"))?;
-    let object = toolchain.build(root, "lb-ebpf", &target.join("ebpf"))?;
+    let next = std::env::var_os("CARGO_FEATURE_LAYOUT_NEXT").is_some();
+    ensure!(
+        !next || std::env::var("PROFILE").is_ok_and(|profile| profile == "debug"),
+        "layout-next is for tests of upgrades: what is built with it must not be released"
+    );
+    let (dir, features): (_, &[&str]) = if next { ("ebpf-next", &["layout-next"]) } else { ("ebpf", &[]) };
+    let object = toolchain.build(root, "lb-ebpf", &target.join(dir), features)?;
     let built = std::fs::read(&object).with_context(|| format!("read {}", object.display()))?;
     let shipped = lb_toolchain::without_dwarf(&built).with_context(|| object.display().to_string())?;
     std::fs::write(&out, shipped).with_context(|| format!("write {}", out.display()))

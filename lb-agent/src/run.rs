@@ -11,12 +11,13 @@ use crate::kernel::devices::{self, Devices};
 use crate::kernel::fill::Fill;
 use crate::kernel::foreign::{Beside, Guard};
 use crate::kernel::losses::Losses;
-use crate::kernel::pins::Pins;
+use crate::kernel::pins::{Pins, Place};
 use crate::kernel::ports;
 use crate::kernel::programs::{self, Features};
 use crate::kernel::sockets;
 use crate::kernel::sweep::Sweeper;
 use crate::kernel::tables::Tables;
+use crate::kernel::upgrade;
 use crate::kernel::writer::MapWriter;
 use crate::masq_config::{ConfigFile, MasqConfig};
 use crate::memory;
@@ -56,7 +57,8 @@ pub async fn run(args: RunArgs) -> Result<()> {
     let _only_one = lock(&pins)?;
     info!("lb-agent {} on node {node_name}: {}", env!("CARGO_PKG_VERSION"), features.describe());
 
-    let mut ebpf = programs::load(&pins, &args, features)?;
+    upgrade::begin(&pins, &args, features)?;
+    let mut ebpf = programs::load(&pins, &args, features, Place::Main)?;
     sockets::attach(&mut ebpf, &pins, &args)?;
     if args.socket_lb == SocketLb::Host && programs::netns_cookie() == 0 {
         sockets::learn_netns(&mut Tables::open(&pins)?)
@@ -96,7 +98,8 @@ pub async fn run(args: RunArgs) -> Result<()> {
         }
         tokio::spawn(file.run(events.clone()));
     }
-    let attacher = programs::pin(&mut ebpf, &pins, features)?;
+    programs::pin(&mut ebpf, &pins, features, Place::Main)?;
+    let attacher = upgrade::finish(&pins, features)?;
     // What is attached and pinned stays; the rest is memory.
     drop(ebpf);
     memory::give_back();

@@ -5,6 +5,7 @@
 //!
 //! - [`addr`]: addresses and ports in network order.
 //! - [`maps`]: keys and values of the BPF maps.
+//! - `layout`: the same, described for other versions.
 //! - [`datapath`]: the programs' logic; start at [`datapath::ingress`] and [`datapath::egress`].
 //! - [`socket`]: the logic of the cgroup socket hooks.
 #![cfg_attr(not(test), no_std)]
@@ -13,5 +14,7 @@ pub mod addr;
 mod affinity;
 pub mod checksum;
 pub mod datapath;
+#[cfg(not(target_arch = "bpf"))]
+pub mod layout;
 pub mod maps;
 pub mod socket;

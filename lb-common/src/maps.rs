@@ -5,7 +5,7 @@ use crate::addr::{Ip4, Ip6, NetPort};
 use bytemuck::{Pod, Zeroable};
 
 /// Version of all layouts here; part of the pin directory's name.
-pub const VERSION: u32 = 3;
+pub const VERSION: u32 = if cfg!(feature = "layout-next") { 5 } else { 4 };
 
 /// What a family's address type has to know for the generic code.
 pub trait Addr: Pod + Eq + core::fmt::Debug + Default {
@@ -118,6 +118,13 @@ impl Side {
     }
 }
 
+/// As much of a device's index as a flow remembers.
+#[cfg(not(feature = "layout-next"))]
+pub type DeviceIndex = u16;
+/// As much of a device's index as a flow remembers.
+#[cfg(feature = "layout-next")]
+pub type DeviceIndex = u32;
+
 /// What the programs remember of a flow. All four entries of a flow have the same content but for `side`,
 /// `last_seen` and `state`.
 #[repr(C)]
@@ -150,8 +157,11 @@ pub struct Flow<A> {
     /// The client's port as the backend's side knows it: `client_port`, unless another flow of the client to the backend
     /// has that one already.
     pub alias_port: NetPort,
+    /// Nothing, but what comes after it is elsewhere.
+    #[cfg(feature = "layout-next")]
+    pub spare: [u16; 3],
     /// Low half of the index of the device that the source is translated at; with [`Flow::MASQ_DONE`].
-    pub masq_device: u16,
+    pub masq_device: DeviceIndex,
     /// IP protocol.
     pub proto: u8,
     /// [`Side`] as a number.
@@ -223,6 +233,8 @@ impl<A: Addr> Flow<A> {
             service: 0,
             alias_port: key.sport,
             masq_device: 0,
+            #[cfg(feature = "layout-next")]
+            spare: [0; 3],
             proto: key.proto,
             side: 0,
             flags: 0,
@@ -536,7 +548,8 @@ pub struct ServiceName {
     pub port: [u8; 64],
 }
 
-/// Value of the device table; the key is the interface index.
+/// Value of the device table; the key is the interface index. The one layout that never changes: the plugin, which may be of
+/// another version than the agent, writes it, and one table serves all versions.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Pod, Zeroable)]
 pub struct Device {
@@ -590,6 +603,9 @@ pub mod stance {
     pub const BEGIN: u32 = 2;
     /// They are left to the host, to kube-proxy's rules say; which may not take the ports of those that we still have.
     pub const DRAIN: u32 = 3;
+    /// As [`BEGIN`], and datagrams to frontends are ours, too: what others began before was taken over by then, and those
+    /// that began since go to the same backend by their hash. Their answers are still left.
+    pub const ADOPT: u32 = 4;
 }
 
 /// In `__sk_buff::cb[0]`, from a version's program to another version's behind it: the packet has been seen to.
@@ -771,9 +787,18 @@ macro_rules! plain_layouts {
     )*};
 }
 
+#[cfg(not(feature = "layout-next"))]
+plain_layouts! {
+    Flow: 48, 96;
+}
+
+#[cfg(feature = "layout-next")]
+plain_layouts! {
+    Flow: 56, 104;
+}
+
 plain_layouts! {
     FlowKey: 16, 40;
-    Flow: 48, 96;
     FrontendKey: 12, 24;
     Slot: 20, 32;
     SlotGroup: 80, 128;

@@ -99,6 +99,9 @@ pub(crate) static LB_COUNT: PerCpuArray<u64> = PerCpuArray::with_max_entries(Rea
 /// See [`lb_common::maps::stance`].
 #[map]
 pub(crate) static LB_STANCE: Array<u32> = Array::with_max_entries(1, 0);
+/// What the maps look like, for other versions' agents. The programs never look.
+#[map]
+pub(crate) static LB_LAYOUT: Array<[u8; 16 << 10]> = Array::with_max_entries(1, 0);
 /// A value out of the verifier's sight: see `Kernel::launder`.
 #[map]
 pub(crate) static LB_SCRATCH: PerCpuArray<[u64; 16]> = PerCpuArray::with_max_entries(1, 0);

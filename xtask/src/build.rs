@@ -59,6 +59,16 @@ pub fn workspace_bins() -> Result<Built> {
     build(&["--workspace", "--bins"])
 }
 
+/// Builds the agent of the next version, whose maps are laid out differently, for tests of upgrades. As part of the
+/// workspace, for the same reason.
+///
+/// # Errors
+/// If cargo fails; what it said has been shown.
+pub fn next_agent() -> Result<PathBuf> {
+    let built = build(&["--workspace", "--bin", "lb-agent-next", "--features", "lb-agent/layout-next"])?;
+    built.binary("lb-agent-next").map(Path::to_owned)
+}
+
 /// Builds what is shipped: optimised, and linked statically, so that it runs in an image of its own and on any node.
 ///
 /// # Errors

@@ -1,6 +1,6 @@
 //! `cargo xtask test`: every test of the workspace, as CI runs them.
 
-use crate::build::workspace_bins;
+use crate::build::{next_agent, workspace_bins};
 use crate::system::cargo;
 use anyhow::{Context as _, Result, ensure};
 use std::io::{BufRead as _, BufReader};
@@ -31,6 +31,7 @@ pub fn run(args: Args) -> Result<()> {
     );
     // Tests start these programs, which need not be of the package that is tested.
     workspace_bins()?;
+    next_agent()?;
     let started = Instant::now();
     let mut summary = Summary::default();
     let (output, stdout) = std::io::pipe().context("make a pipe")?;

@@ -1,6 +1,6 @@
 //! The pinned tc programs: put on devices, so that they stay there without us, and replaced atomically.
 
-use crate::pins::{Pins, Turn};
+use crate::pins::{Pins, Place, Turn};
 use crate::snapshot::Link;
 use crate::{clsact, tcx};
 use anyhow::{Context as _, Result};
@@ -52,49 +52,65 @@ pub fn has_tcx() -> bool {
 ///
 /// # Errors
 /// If the kernel refuses.
-pub fn pin_program(_turn: &Turn, pins: &Pins, hook: Hook, program: &mut SchedClassifier) -> Result<()> {
-    let pin = pins.program(hook.program());
+pub fn pin_program(
+    _turn: &Turn,
+    pins: &Pins,
+    place: Place,
+    hook: Hook,
+    program: &mut SchedClassifier,
+) -> Result<()> {
+    let pin = pins.program(place, hook.program());
     // Names with dots are the kernel's own.
-    let aside = pins.program(&format!("{}-new", hook.program()));
+    let aside = pins.program(place, &format!("{}-new", hook.program()));
     remove(&aside)?;
     program.pin(&aside).with_context(|| format!("pin the program at {}", aside.display()))?;
     fs::rename(&aside, &pin).with_context(|| format!("rename {} to {}", aside.display(), pin.display()))
+}
+
+type Programs = [(Hook, SchedClassifier); 2];
+
+fn pinned(pins: &Pins, place: Place) -> Result<Option<Programs>> {
+    let open = |hook: Hook| -> Result<Option<(Hook, SchedClassifier)>> {
+        let pin = pins.program(place, hook.program());
+        match SchedClassifier::from_pin(&pin) {
+            Ok(program) => Ok(Some((hook, program))),
+            Err(ProgramError::SyscallError(SyscallError { io_error, .. }))
+                if io_error.kind() == ErrorKind::NotFound =>
+            {
+                Ok(None)
+            }
+            Err(error) => Err(error).with_context(|| format!("open the program {}", pin.display())),
+        }
+    };
+    let (Some(ingress), Some(egress)) = (open(Hook::Ingress)?, open(Hook::Egress)?) else {
+        return Ok(None);
+    };
+    Ok(Some([ingress, egress]))
 }
 
 /// Puts the programs that are pinned onto devices.
 pub struct Attacher {
     pins: Pins,
     tcx: bool,
-    programs: [(Hook, SchedClassifier); 2],
+    programs: Programs,
+    /// Of a version that is taking over.
+    front: Option<Programs>,
     devices: HashMap<MapData, u32, Device>,
 }
 
 impl Attacher {
-    /// Opens what is pinned. Nothing if no agent has pinned programs of our version; others pin theirs only when it is
-    /// their turn, so what is opened in ours stays the newest as long.
+    /// Opens what is pinned, whichever version's it is. Nothing if no agent has pinned programs; others pin theirs only when
+    /// it is their turn, so what is opened in ours stays the newest as long.
     ///
     /// # Errors
     /// If the kernel refuses.
     pub fn open(_turn: &Turn, pins: &Pins, tcx: bool) -> Result<Option<Self>> {
-        let open = |hook: Hook| -> Result<Option<(Hook, SchedClassifier)>> {
-            let pin = pins.program(hook.program());
-            match SchedClassifier::from_pin(&pin) {
-                Ok(program) => Ok(Some((hook, program))),
-                Err(ProgramError::SyscallError(SyscallError { io_error, .. }))
-                    if io_error.kind() == ErrorKind::NotFound =>
-                {
-                    Ok(None)
-                }
-                Err(error) => Err(error).with_context(|| format!("open the program {}", pin.display())),
-            }
-        };
-        let (Some(ingress), Some(egress)) = (open(Hook::Ingress)?, open(Hook::Egress)?) else {
-            return Ok(None);
-        };
+        let Some(programs) = pinned(pins, Place::Main)? else { return Ok(None) };
+        let front = pinned(pins, Place::Front)?;
         let pin = pins.map("LB_DEVICE");
         let map = MapData::from_pin(&pin).with_context(|| format!("open the map {}", pin.display()))?;
         let devices = HashMap::try_from(Map::HashMap(map)).context("the device table")?;
-        Ok(Some(Self { pins: pins.clone(), tcx, programs: [ingress, egress], devices }))
+        Ok(Some(Self { pins: pins.clone(), tcx, programs, front, devices }))
     }
 
     /// Serves a device: its entry, both programs. Those that are attached already are replaced without a moment between.
@@ -108,14 +124,24 @@ impl Attacher {
         if let Some(bridge) = &link.bridge_name {
             set_no_redirects(bridge);
         }
-        for (hook, program) in &mut self.programs {
+        let front = self.front.iter_mut().flatten().map(|program| (Place::Front, program));
+        let all = self.programs.iter_mut().map(|program| (Place::Main, program)).chain(front);
+        for (place, (hook, program)) in all {
             if self.tcx {
-                tcx::attach(program, &self.pins, link, *hook)?;
+                tcx::attach(program, &self.pins, link, *hook, place)?;
             } else {
-                clsact::attach(program, link, *hook)?;
+                clsact::attach(program, link, *hook, place)?;
             }
         }
         Ok(())
+    }
+
+    /// Takes the programs in front off a device again.
+    ///
+    /// # Errors
+    /// If the kernel refuses.
+    pub fn detach_front(&self, _turn: &Turn, link: &Link) -> Result<()> {
+        detach_place(&self.pins, link.index, Some(&link.name), self.tcx, Place::Front)
     }
 
     /// Changes what the programs know of a device.
@@ -175,11 +201,16 @@ impl Attacher {
 /// # Errors
 /// If the kernel refuses.
 pub fn detach(_turn: &Turn, pins: &Pins, index: u32, name: Option<&str>, tcx: bool) -> Result<()> {
+    detach_place(pins, index, name, tcx, Place::Front)?;
+    detach_place(pins, index, name, tcx, Place::Main)
+}
+
+fn detach_place(pins: &Pins, index: u32, name: Option<&str>, tcx: bool, place: Place) -> Result<()> {
     for hook in Hook::BOTH {
         if tcx {
-            tcx::detach(&tcx::pin(pins, index, hook))?;
+            tcx::detach(&tcx::pin(pins, index, hook, place))?;
         } else if let Some(name) = name {
-            clsact::detach(name, hook);
+            clsact::detach(name, hook, place);
         }
     }
     Ok(())
@@ -187,7 +218,9 @@ pub fn detach(_turn: &Turn, pins: &Pins, index: u32, name: Option<&str>, tcx: bo
 
 /// Takes our filters off a device, with nothing pinned any more that could be put on it meanwhile.
 pub fn detach_filters(device: &str) {
-    Hook::BOTH.into_iter().for_each(|hook| clsact::detach(device, hook));
+    for place in [Place::Front, Place::Main] {
+        Hook::BOTH.into_iter().for_each(|hook| clsact::detach(device, hook, place));
+    }
 }
 
 /// Removes a pin, which need not be there.

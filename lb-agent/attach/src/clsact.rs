@@ -2,6 +2,7 @@
 
 use crate::attach::Hook;
 use crate::netlink::Netlink;
+use crate::pins::Place;
 use crate::snapshot::Link;
 use anyhow::{Context as _, Result};
 use aya::programs::SchedClassifier;
@@ -13,19 +14,24 @@ use netlink_packet_route::tc::{self, TcAttribute, TcFilterBpfOption, TcMessage, 
 use netlink_sys::protocols::NETLINK_ROUTE;
 
 /// Priority and handle of our filters: how they are found again.
-const PRIORITY: u16 = 50;
+const fn priority(place: Place) -> u16 {
+    match place {
+        Place::Main => 50,
+        Place::Front => 49,
+    }
+}
 const HANDLE: TcHandle = TcHandle::new(0, 0x1b);
 
 /// Attaches `program`, or puts it in place of a former one.
-pub(crate) fn attach(program: &mut SchedClassifier, device: &Link, hook: Hook) -> Result<()> {
+pub(crate) fn attach(program: &mut SchedClassifier, device: &Link, hook: Hook, place: Place) -> Result<()> {
     // Refused where it is there already.
     let _ = qdisc_add_clsact(&device.name);
     let attach_type = hook.attach_type();
-    let old = SchedClassifierLink::attached(&device.name, attach_type, PRIORITY, HANDLE, None)?;
+    let old = SchedClassifierLink::attached(&device.name, attach_type, priority(place), HANDLE, None)?;
     let id = match program.attach_to_link(old) {
         Ok(id) => id,
         Err(_) => {
-            let options = NlOptions { priority: PRIORITY, handle: HANDLE, classid: None };
+            let options = NlOptions { priority: priority(place), handle: HANDLE, classid: None };
             program
                 .attach_with_options(&device.name, attach_type, TcAttachOptions::Netlink(options))
                 .with_context(|| format!("attach {} to {}", hook.program(), device.name))?
@@ -48,7 +54,7 @@ pub(crate) fn is_attached(id: u32, device: &Link, hook: Hook) -> Result<bool> {
             Hook::Egress => tc::TcHandle::MIN_EGRESS,
         },
     };
-    question.header.info = u32::from(PRIORITY) << 16 | u32::from((ETH_P_ALL as u16).to_be());
+    question.header.info = u32::from(priority(Place::Main)) << 16 | u32::from((ETH_P_ALL as u16).to_be());
     question.attributes.push(TcAttribute::Kind("bpf".into()));
     let mut found = None;
     let netlink = Netlink::open(NETLINK_ROUTE).context("open a netlink socket")?;
@@ -76,8 +82,9 @@ fn program_id(attribute: &TcAttribute) -> Option<u32> {
 }
 
 /// Takes our filter off; it need not be there.
-pub(crate) fn detach(device: &str, hook: Hook) {
-    if let Ok(link) = SchedClassifierLink::attached(device, hook.attach_type(), PRIORITY, HANDLE, None) {
+pub(crate) fn detach(device: &str, hook: Hook, place: Place) {
+    if let Ok(link) = SchedClassifierLink::attached(device, hook.attach_type(), priority(place), HANDLE, None)
+    {
         // Dropping it detaches.
         drop(link);
     }

@@ -1,7 +1,8 @@
 //! Where programs, maps and links are pinned, so that traffic goes on without the agent.
 //!
-//! `<bpffs>/lb/v<version>/{maps,programs,links}`. The version is that of the maps' layouts. What is in `programs` is what
-//! the plugin attaches: without, it leaves devices to the agent.
+//! `<bpffs>/lb/`: `v<version>/maps`, the version being that of the maps' layouts; and for all versions the same,
+//! `devices`, the device table, `links`, and `programs`, which is what the plugin attaches: without, it leaves devices to the
+//! agent. `front` has the programs of a version that takes over, as long as that takes: the plugin attaches them, too.
 
 use anyhow::{Context as _, Result, bail};
 use nix::mount::{MsFlags, mount};
@@ -14,6 +15,30 @@ use std::time::Duration;
 /// The BPF file system, unless told.
 pub const DEFAULT_BPFFS: &str = "/sys/fs/bpf";
 
+/// The device table, which is all versions'.
+const DEVICES: &str = "LB_DEVICE";
+const PROGRAMS: &str = "programs";
+const FRONT: &str = "front";
+
+/// Which programs.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Place {
+    /// Those that serve.
+    Main,
+    /// Those of a version that takes over, in front of the others.
+    Front,
+}
+
+impl Place {
+    /// The directory of its programs.
+    pub const fn dir(self) -> &'static str {
+        match self {
+            Self::Main => PROGRAMS,
+            Self::Front => FRONT,
+        }
+    }
+}
+
 /// How long to wait for those who attach or take off programs at the moment: each takes milliseconds, but on a machine
 /// that is overloaded, where the kernel's own waits (RCU) take seconds, and many pods start at once.
 const PATIENCE: Duration = Duration::from_secs(60);
@@ -22,12 +47,57 @@ const PATIENCE: Duration = Duration::from_secs(60);
 #[derive(Clone, Debug)]
 pub struct Pins {
     root: PathBuf,
+    version: u32,
 }
 
 impl Pins {
     /// The pins below a BPF file system, which need not exist.
     pub fn at(bpffs: &Path) -> Self {
-        Self { root: bpffs.join("lb").join(format!("v{}", lb_common::maps::VERSION)) }
+        Self { root: bpffs.join("lb"), version: lb_common::maps::VERSION }
+    }
+
+    /// The same with the maps of another version.
+    pub fn of_version(&self, version: u32) -> Self {
+        Self { version, ..self.clone() }
+    }
+
+    /// The version of the maps.
+    pub const fn version(&self) -> u32 {
+        self.version
+    }
+
+    /// All versions that have maps here.
+    pub fn versions(&self) -> Vec<u32> {
+        let Ok(dir) = fs::read_dir(&self.root) else { return Vec::new() };
+        let number = |name: std::ffi::OsString| name.to_str()?.strip_prefix('v')?.parse().ok();
+        dir.flatten().filter_map(|entry| number(entry.file_name())).collect()
+    }
+
+    /// Removes the maps of this version. Programs that use them go on with them.
+    ///
+    /// # Errors
+    /// If they cannot be removed.
+    pub fn remove_maps(&self) -> Result<()> {
+        let dir = self.versioned();
+        match fs::remove_dir_all(&dir) {
+            Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
+                Err(error).with_context(|| format!("remove {}", dir.display()))
+            }
+            _ => Ok(()),
+        }
+    }
+
+    fn versioned(&self) -> PathBuf {
+        self.root.join(format!("v{}", self.version))
+    }
+
+    /// Makes the directory of the maps.
+    ///
+    /// # Errors
+    /// If it cannot be made.
+    pub fn prepare_maps(&self) -> Result<()> {
+        let dir = self.versioned().join("maps");
+        fs::create_dir_all(&dir).with_context(|| format!("create {}", dir.display()))
     }
 
     /// As [`Self::at`], mounting the BPF file system if nothing is mounted there, and making the directories.
@@ -49,10 +119,11 @@ impl Pins {
             tracing::info!("mounted a BPF file system at {}", bpffs.display());
         }
         let pins = Self::at(bpffs);
-        for dir in ["maps", "programs", "links"] {
+        for dir in [PROGRAMS, FRONT, "links"] {
             let dir = pins.root.join(dir);
             fs::create_dir_all(&dir).with_context(|| format!("create {}", dir.display()))?;
         }
+        pins.prepare_maps()?;
         Ok(pins)
     }
 
@@ -63,12 +134,12 @@ impl Pins {
 
     /// Pin of a map.
     pub fn map(&self, name: &str) -> PathBuf {
-        self.root.join("maps").join(name)
+        if name == DEVICES { self.root.join("devices") } else { self.versioned().join("maps").join(name) }
     }
 
     /// Pin of a program.
-    pub fn program(&self, name: &str) -> PathBuf {
-        self.root.join("programs").join(name)
+    pub fn program(&self, place: Place, name: &str) -> PathBuf {
+        self.root.join(place.dir()).join(name)
     }
 
     /// Pin of a link.

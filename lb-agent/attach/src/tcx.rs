@@ -1,7 +1,7 @@
 //! Programs on devices by pinned tcx links (6.6).
 
 use crate::attach::{Hook, remove};
-use crate::pins::Pins;
+use crate::pins::{Pins, Place};
 use crate::snapshot::Link;
 use crate::syscall;
 use anyhow::{Context as _, Result};
@@ -12,8 +12,12 @@ use std::os::fd::AsFd as _;
 use std::path::{Path, PathBuf};
 
 /// Where a link is pinned. By index: names change, and indexes are never used twice while a device lives.
-pub(crate) fn pin(pins: &Pins, index: u32, hook: Hook) -> PathBuf {
-    pins.link(&format!("tc-{index}-{}", hook.program()))
+pub(crate) fn pin(pins: &Pins, index: u32, hook: Hook, place: Place) -> PathBuf {
+    let prefix = match place {
+        Place::Main => "tc",
+        Place::Front => "front",
+    };
+    pins.link(&format!("{prefix}-{index}-{}", hook.program()))
 }
 
 /// The device index in the name of a pin.
@@ -22,8 +26,15 @@ pub(crate) fn index_in(name: &str) -> Option<u32> {
 }
 
 /// Attaches `program`, or puts it in place of the one that the pinned link has.
-pub(crate) fn attach(program: &mut SchedClassifier, pins: &Pins, device: &Link, hook: Hook) -> Result<()> {
-    let (pin, id) = (pin(pins, device.index, hook), program.info()?.id());
+pub(crate) fn attach(
+    program: &mut SchedClassifier,
+    pins: &Pins,
+    device: &Link,
+    hook: Hook,
+    place: Place,
+) -> Result<()> {
+    let main = pin(pins, device.index, hook, Place::Main);
+    let (pin, id) = (pin(pins, device.index, hook, place), program.info()?.id());
     if pin.exists() {
         // Every change has the kernel wait for all processors (RCU), with its network lock held.
         if is_attached(id, device, hook)? {
@@ -38,9 +49,11 @@ pub(crate) fn attach(program: &mut SchedClassifier, pins: &Pins, device: &Link, 
         detach(&pin)?;
     }
     // Before everybody else at ingress and after them at egress, as PREROUTING and POSTROUTING are.
-    let order = match hook {
-        Hook::Ingress => LinkOrder::first(),
-        Hook::Egress => LinkOrder::last(),
+    let behind = (place == Place::Front).then(|| open(&main)).transpose()?;
+    let order = match (&behind, hook) {
+        (Some(behind), _) => LinkOrder::before_link(behind)?,
+        (None, Hook::Ingress) => LinkOrder::first(),
+        (None, Hook::Egress) => LinkOrder::last(),
     };
     let id = program
         .attach_with_options(&device.name, hook.attach_type(), TcAttachOptions::TcxOrder(order))
@@ -50,10 +63,13 @@ pub(crate) fn attach(program: &mut SchedClassifier, pins: &Pins, device: &Link, 
     Ok(())
 }
 
+fn open(pin: &Path) -> Result<SchedClassifierLink> {
+    let link = PinnedLink::from_pin(pin).with_context(|| format!("open the link {}", pin.display()))?;
+    Ok(SchedClassifierLink::try_from(FdLink::from(link))?)
+}
+
 fn replace(program: &mut SchedClassifier, pin: &Path) -> Result<()> {
-    let link = FdLink::from(PinnedLink::from_pin(pin)?);
-    let link = SchedClassifierLink::try_from(link)?;
-    let id = program.attach_to_link(link)?;
+    let id = program.attach_to_link(open(pin)?)?;
     // The program must not take the link along when it goes.
     let _: FdLink = program.take_link(id)?.try_into()?;
     Ok(())

@@ -37,7 +37,7 @@ struct Count {
 pub fn leave(bpffs: &Path, drain: Duration) -> Result<()> {
     let pins = Pins::at(bpffs);
     if !pins.map("LB_STANCE").exists() {
-        if pins.root().parent().is_some_and(Path::exists) {
+        if pins.versions().iter().any(|other| pins.of_version(*other).map("LB_STANCE").exists()) {
             warn!("what is pinned is another version's: connections that it translates are cut");
         }
         return Ok(());

@@ -5,7 +5,7 @@
 //! - [`tables`]: the maps, typed. - [`fill`]: how full they are. - [`losses`]: says what packets are lost for
 //!   want of.
 //! - [`writer`]: writes what [`crate::desired`] wants. - [`sweep`]: ends flows that have timed out.
-//! - [`leave`]: goes without cutting connections.
+//! - [`upgrade`]: takes over from another version. - [`leave`]: goes without cutting connections.
 //! - [`destroy`]: ends connected UDP sockets whose backend is gone. - [`foreign`]: leaves to netfilter what it translated
 //!   before we came. - [`netfilter`]: its connections and rules. - [`node_mounts`]: file systems, from inside a container
 //!   too. - [`remove`]: takes it all away.
@@ -29,6 +29,7 @@ pub mod syscall;
 pub mod tables;
 #[cfg(test)]
 pub(crate) mod testing;
+pub mod upgrade;
 pub mod writer;
 
 pub use lb_attach::pins;

@@ -1,6 +1,7 @@
 //! Loads the programs: what the kernel can do is found out first, and compiled in by constants.
 
-use super::pins::Pins;
+use super::pins::{Pins, Place};
+use super::upgrade;
 use crate::cli::{RunArgs, SocketLb};
 use anyhow::{Context as _, Result, anyhow, bail};
 use aya::maps::MapInfo;
@@ -19,7 +20,7 @@ use tracing::warn;
 pub(crate) static OBJECT: &[u8] = aya::include_bytes_aligned!(concat!(env!("OUT_DIR"), "/lb-ebpf.o"));
 
 /// Every map of the object, all pinned.
-pub(crate) const MAPS: [&str; 25] = [
+pub(crate) const MAPS: [&str; 26] = [
     "LB_FLOW4",
     "LB_FLOW6",
     "LB_FRONT4",
@@ -45,6 +46,7 @@ pub(crate) const MAPS: [&str; 25] = [
     "LB_SOCKET",
     "LB_NETNS",
     "LB_STANCE",
+    "LB_LAYOUT",
 ];
 const FLOW_TABLES: [&str; 2] = ["LB_FLOW4", "LB_FLOW6"];
 /// Entries of a flow: see `lb_common::maps::Side`.
@@ -100,11 +102,11 @@ impl Features {
     }
 }
 
-/// Loads the object with this agent's constants; maps are taken from their pins or made and pinned.
+/// Loads the object with this agent's constants, for a place; maps are taken from their pins or made and pinned.
 ///
 /// # Errors
 /// If the kernel refuses.
-pub fn load(pins: &Pins, args: &RunArgs, features: Features) -> Result<Ebpf> {
+pub fn load(pins: &Pins, args: &RunArgs, features: Features, place: Place) -> Result<Ebpf> {
     if OBJECT.is_empty() {
         bail!("this binary was built without the kernel programs (LB_EBPF_SKIP): build it again without");
     }
@@ -114,6 +116,9 @@ pub fn load(pins: &Pins, args: &RunArgs, features: Features) -> Result<Ebpf> {
     }
     if args.log_packets {
         bits |= flags::LOG;
+    }
+    if place == Place::Front {
+        bits |= flags::FRONT;
     }
     let seed = hash_seed()?;
     let (first, last) = (u32::from(args.masquerade_ports.low), u32::from(args.masquerade_ports.high));
@@ -133,6 +138,7 @@ pub fn load(pins: &Pins, args: &RunArgs, features: Features) -> Result<Ebpf> {
         loader.map_pin_path(map, pins.map(map));
     }
     let mut ebpf = loader.load(OBJECT).context("load the BPF maps and programs")?;
+    upgrade::describe(pins)?;
     if let Some(warning) = kept_size(pins, args.flow_table_max)? {
         warn!("{warning}");
     }
@@ -165,14 +171,14 @@ fn tc_program(ebpf: &mut Ebpf, hook: Hook) -> Result<&mut SchedClassifier> {
     Ok(program.try_into()?)
 }
 
-/// Pins the tc programs: from now on the CNI plugin attaches these, too.
+/// Pins the tc programs for a place: from now on the CNI plugin attaches these, too.
 ///
 /// # Errors
 /// If the kernel refuses.
-pub fn pin(ebpf: &mut Ebpf, pins: &Pins, features: Features) -> Result<Attacher> {
+pub fn pin(ebpf: &mut Ebpf, pins: &Pins, features: Features, place: Place) -> Result<Attacher> {
     let turn = pins.lock()?;
     for hook in Hook::BOTH {
-        attach::pin_program(&turn, pins, hook, tc_program(ebpf, hook)?)?;
+        attach::pin_program(&turn, pins, place, hook, tc_program(ebpf, hook)?)?;
     }
     Attacher::open(&turn, pins, features.tcx)?.context("the programs that were just pinned are gone")
 }

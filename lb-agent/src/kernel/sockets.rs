@@ -13,7 +13,7 @@ use lb_common::maps::{SocketKey, SocketPeer};
 use std::fs::{self, File};
 use std::net::UdpSocket;
 use std::os::fd::{AsFd as _, AsRawFd as _};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 /// The programs, by the names of their hooks: those that send on to backends.
 pub(super) const SENDING: [&str; 4] = ["connect4", "connect6", "sendmsg4", "sendmsg6"];
@@ -33,9 +33,13 @@ pub(super) fn peers(pins: &Pins) -> Result<HashMap<MapData, SocketKey, SocketPee
 
 /// Takes a hook off; it need not be there.
 pub(super) fn take_off(pins: &Pins, hook: &str) -> Result<()> {
-    match fs::remove_file(pin(pins, hook)) {
+    remove(&pin(pins, hook)).with_context(|| format!("take off the {hook} hook"))
+}
+
+fn remove(pin: &Path) -> Result<()> {
+    match fs::remove_file(pin) {
         Err(e) if e.kind() != std::io::ErrorKind::NotFound => {
-            Err(e).with_context(|| format!("take off the {hook} hook"))
+            Err(e).with_context(|| format!("remove the pin {}", pin.display()))
         }
         _ => Ok(()),
     }
@@ -46,35 +50,72 @@ pub(super) fn take_off(pins: &Pins, hook: &str) -> Result<()> {
 /// # Errors
 /// If there is no cgroup2 hierarchy, or the kernel refuses.
 pub fn attach(ebpf: &mut Ebpf, pins: &Pins, args: &RunArgs) -> Result<()> {
-    let hooks = || SENDING.iter().chain(&ANSWERING).copied();
+    let mut hooks = SENDING.iter().chain(&ANSWERING).copied();
     if args.socket_lb == SocketLb::Off {
-        return hooks().try_for_each(|hook| take_off(pins, hook));
+        return hooks.try_for_each(|hook| take_off(pins, hook));
     }
-    let root = args.cgroup_root().map_err(|e| anyhow!(e))?;
-    let cgroup = File::open(&root).with_context(|| format!("open the cgroup {}", root.display()))?;
-    for hook in hooks() {
+    let cgroup = Cgroup::open(args)?;
+    hooks.try_for_each(|hook| cgroup.attach(ebpf, hook, &pin(pins, hook)))?;
+    // What was beside them while one version took over from another.
+    ANSWERING.iter().try_for_each(|hook| remove(&beside(pins, hook)))
+}
+
+/// Has our hooks do the work of another version's, whose sockets `copy` brings over. Those that answer come first: no
+/// answer to what is sent meanwhile may meet hooks that all do not know it.
+///
+/// # Errors
+/// If there is no cgroup2 hierarchy, or the kernel refuses.
+pub fn take_over(ebpf: &mut Ebpf, pins: &Pins, args: &RunArgs, copy: impl Fn() -> Result<()>) -> Result<()> {
+    let cgroup = Cgroup::open(args)?;
+    ANSWERING.iter().try_for_each(|hook| cgroup.attach(ebpf, hook, &beside(pins, hook)))?;
+    copy()?;
+    SENDING.iter().try_for_each(|hook| cgroup.attach(ebpf, hook, &pin(pins, hook)))?;
+    copy()
+}
+
+/// Where a hook is pinned that is there besides another version's.
+fn beside(pins: &Pins, hook: &str) -> PathBuf {
+    pins.link(&format!("beside-{hook}"))
+}
+
+/// The node's cgroup root.
+struct Cgroup {
+    root: PathBuf,
+    dir: File,
+}
+
+impl Cgroup {
+    fn open(args: &RunArgs) -> Result<Self> {
+        let root = args.cgroup_root().map_err(|e| anyhow!(e))?;
+        let dir = File::open(&root).with_context(|| format!("open the cgroup {}", root.display()))?;
+        Ok(Self { root, dir })
+    }
+
+    /// Attaches a hook, or puts it in the place of the one that is pinned there.
+    fn attach(&self, ebpf: &mut Ebpf, hook: &str, pin: &Path) -> Result<()> {
         let program: &mut CgroupSockAddr = ebpf
             .program_mut(hook)
             .with_context(|| format!("the object has no program {hook}"))?
             .try_into()?;
-        program.load().with_context(|| format!("load the socket hook {hook}"))?;
-        let pin = pin(pins, hook);
+        if program.fd().is_err() {
+            program.load().with_context(|| format!("load the socket hook {hook}"))?;
+        }
         if pin.exists() {
             let program = program.fd()?;
-            match syscall::obj_get(&pin).and_then(|link| syscall::link_update(link.as_fd(), program)) {
-                Ok(()) => continue,
+            match syscall::obj_get(pin).and_then(|link| syscall::link_update(link.as_fd(), program)) {
+                Ok(()) => return Ok(()),
                 Err(error) => tracing::debug!("{}: {error}; attaching anew", pin.display()),
             }
-            fs::remove_file(&pin).with_context(|| format!("remove the old pin {}", pin.display()))?;
+            fs::remove_file(pin).with_context(|| format!("remove the old pin {}", pin.display()))?;
         }
         // No flags: links share a cgroup with others anyway, and the kernel refuses to be told so.
-        let id = program
-            .attach(&cgroup, CgroupAttachMode::Single)
-            .with_context(|| format!("attach {hook} to the cgroup {} (cgroup2 is needed)", root.display()))?;
+        let id = program.attach(&self.dir, CgroupAttachMode::Single).with_context(|| {
+            format!("attach {hook} to the cgroup {} (cgroup2 is needed)", self.root.display())
+        })?;
         let link: FdLink = program.take_link(id)?.try_into()?;
-        link.pin(&pin).with_context(|| format!("pin the link at {}", pin.display()))?;
+        link.pin(pin).with_context(|| format!("pin the link at {}", pin.display()))?;
+        Ok(())
     }
-    Ok(())
 }
 
 /// Tells the hooks which network namespace is the node's where user space cannot ask for its cookie (before 5.14):

@@ -4,6 +4,9 @@ use bytemuck::Pod;
 use std::io;
 use std::os::fd::{AsRawFd as _, BorrowedFd};
 
+const BPF_MAP_LOOKUP_ELEM: libc::c_long = 1;
+const BPF_MAP_UPDATE_ELEM: libc::c_long = 2;
+const BPF_MAP_GET_NEXT_KEY: libc::c_long = 4;
 const BPF_MAP_LOOKUP_BATCH: libc::c_long = 24;
 
 /// The part of `union bpf_attr` for the batch operations.
@@ -19,7 +22,7 @@ struct Batch {
     flags: u64,
 }
 
-/// Reads a whole hash map in large steps (5.6): a system call per thousands of entries instead of two per entry.
+/// Reads a whole hash map or array in large steps (5.6): a system call per thousands of entries instead of two per entry.
 /// Entries that come and go meanwhile may be met or not.
 ///
 /// # Errors
@@ -28,9 +31,25 @@ pub fn for_each<K: Pod, V: Pod>(
     map: BorrowedFd<'_>,
     mut each: impl FnMut(&K, &V) -> io::Result<()>,
 ) -> io::Result<()> {
+    for_each_raw(map, size_of::<K>(), size_of::<V>(), |key, value| {
+        each(&bytemuck::pod_read_unaligned(key), &bytemuck::pod_read_unaligned(value))
+    })
+}
+
+/// As [`for_each`], for keys and values of those sizes, which must be the map's.
+///
+/// # Errors
+/// If the kernel refuses, or `each` does.
+pub fn for_each_raw(
+    map: BorrowedFd<'_>,
+    key_size: usize,
+    value_size: usize,
+    mut each: impl FnMut(&[u8], &[u8]) -> io::Result<()>,
+) -> io::Result<()> {
     // More than the longest chain of a bucket: ENOSPC otherwise.
     const STEP: usize = 4096;
-    let (mut keys, mut values) = (vec![K::zeroed(); STEP], vec![V::zeroed(); STEP]);
+    let (mut keys, mut values) =
+        (vec![0u8; STEP * key_size], vec![0u8; STEP * value_size.next_multiple_of(8)]);
     let (mut position, mut next) = (0u32, 0u32);
     let mut first = true;
     loop {
@@ -44,8 +63,8 @@ pub fn for_each<K: Pod, V: Pod>(
             element_flags: 0,
             flags: 0,
         };
-        // SAFETY: the buffers hold `count` keys and values of the map's sizes (typed maps are opened with these
-        // types), and a position is a word for hash maps.
+        // SAFETY: the buffers hold `count` keys and values of the map's sizes (the caller's promise, which typed maps
+        // keep), and a position is a word for hash maps and arrays.
         let result =
             unsafe { libc::syscall(libc::SYS_bpf, BPF_MAP_LOOKUP_BATCH, &raw mut attr, size_of::<Batch>()) };
         let error = (result < 0).then(io::Error::last_os_error);
@@ -54,7 +73,7 @@ pub fn for_each<K: Pod, V: Pod>(
             return Err(error);
         }
         let count = (attr.count as usize).min(STEP);
-        for (key, value) in keys.iter().zip(&values).take(count) {
+        for (key, value) in keys.chunks_exact(key_size).zip(values.chunks_exact(value_size)).take(count) {
             each(key, value)?;
         }
         if last {
@@ -62,4 +81,64 @@ pub fn for_each<K: Pod, V: Pod>(
         }
         (position, first) = (next, false);
     }
+}
+
+/// As [`for_each_raw`], one by one: tries are read in large steps from 5.13 on only.
+///
+/// # Errors
+/// If the kernel refuses, or `each` does.
+pub fn for_each_one(
+    map: BorrowedFd<'_>,
+    key_size: usize,
+    value_size: usize,
+    mut each: impl FnMut(&[u8], &[u8]) -> io::Result<()>,
+) -> io::Result<()> {
+    let (mut key, mut next, mut value) = (vec![0u8; key_size], vec![0u8; key_size], vec![0u8; value_size]);
+    let mut first = true;
+    loop {
+        let before = if first { 0 } else { key.as_ptr() as u64 };
+        match element(BPF_MAP_GET_NEXT_KEY, map, before, next.as_mut_ptr() as u64, 0) {
+            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
+            result => result?,
+        }
+        (key, next, first) = (next, key, false);
+        match element(BPF_MAP_LOOKUP_ELEM, map, key.as_ptr() as u64, value.as_mut_ptr() as u64, 0) {
+            Err(error) if error.kind() == io::ErrorKind::NotFound => {}
+            result => result.and_then(|()| each(&key, &value))?,
+        }
+    }
+}
+
+/// How to write an entry.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Update {
+    /// Whatever was there.
+    Any = 0,
+    /// Only if there is none.
+    New = 1,
+}
+
+/// Writes an entry, whose key and value are of the map's sizes.
+///
+/// # Errors
+/// If the kernel refuses.
+pub fn update(map: BorrowedFd<'_>, key: &[u8], value: &[u8], how: Update) -> io::Result<()> {
+    element(BPF_MAP_UPDATE_ELEM, map, key.as_ptr() as u64, value.as_ptr() as u64, how as u64)
+}
+
+/// The part of `union bpf_attr` for single entries.
+#[repr(C)]
+struct Element {
+    map: u32,
+    pad: u32,
+    key: u64,
+    value: u64,
+    flags: u64,
+}
+
+fn element(call: libc::c_long, map: BorrowedFd<'_>, key: u64, value: u64, flags: u64) -> io::Result<()> {
+    let attr = Element { map: map.as_raw_fd() as u32, pad: 0, key, value, flags };
+    // SAFETY: the callers' buffers are of the sizes that the map has.
+    let result = unsafe { libc::syscall(libc::SYS_bpf, call, &raw const attr, size_of::<Element>()) };
+    if result < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
 }

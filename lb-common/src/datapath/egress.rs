@@ -1,6 +1,6 @@
 //! The egress hook: sources.
 
-use super::ingress::{begins_here, done};
+use super::ingress::{done, leaves_here};
 use super::parse::{Headers, Kind, NotOurs, Wire, parse};
 use super::rewrite::{End, new_port, rewrite};
 use super::{FlowRef, Packet, Put, Reason, Tables, Verdict, fragments, icmp_error};
@@ -42,7 +42,7 @@ fn whole<A: Wire, P: Packet, K: Tables<A>>(packet: &mut P, kernel: &K, headers: 
                 None => return Verdict::Pass,
             },
             UNKNOWN => {
-                let new = if begins_here(kernel, headers) {
+                let new = if leaves_here(kernel, headers) {
                     masquerade::new_flow(packet, kernel, headers)
                 } else if kernel.stance() == stance::DRAIN {
                     masquerade::NOT_WANTED

@@ -54,9 +54,15 @@ fn whole<A: Wire, P: Packet, K: Tables<A>>(packet: &mut P, kernel: &K, headers: 
 /// Whether what is known of no flow is ours at present, be it that it begins one.
 #[inline(always)]
 pub(super) fn begins_here<A: Addr, K: Kernel>(kernel: &K, headers: &Headers<A>) -> bool {
+    kernel.stance() == stance::ADOPT || leaves_here(kernel, headers)
+}
+
+/// The same at the egress hook.
+#[inline(always)]
+pub(super) fn leaves_here<A: Addr, K: Kernel>(kernel: &K, headers: &Headers<A>) -> bool {
     match kernel.stance() {
         stance::SERVE => true,
-        stance::BEGIN => matches!(headers.kind, Kind::Tcp(_)) && headers.starts_flow(),
+        stance::BEGIN | stance::ADOPT => matches!(headers.kind, Kind::Tcp(_)) && headers.starts_flow(),
         _ => false,
     }
 }

@@ -9,13 +9,13 @@ use super::enter::FULL;
 use super::masquerade::{enter, own_port, take_port};
 use super::parse::{Headers, Wire};
 use super::{FlowRef, Kernel, Outcome, Packet, Put, PutError, Tables, Verdict};
-use crate::maps::{Addr, Device, Flow, FrontendKey, Side};
+use crate::maps::{Addr, Device, DeviceIndex, Flow, FrontendKey, Side};
 
 /// Whether replies to what leaves here find that entry: the ports that we have given at this device. (A packet of ours
 /// may leave by a second device, a VLAN's and then the one below it. There it is nobody else's.)
 #[inline(always)]
 pub(super) fn at_this_device<A: Addr, K: Kernel>(kernel: &K, entry: &Flow<A>) -> bool {
-    entry.side == Side::Back as u8 && entry.masq_device == kernel.device_index() as u16
+    entry.side == Side::Back as u8 && entry.masq_device == kernel.device_index() as DeviceIndex
 }
 
 /// A packet of no known flow leaves, and is not to be masqueraded: keeps others off its port, or gives it a free one.
@@ -27,7 +27,8 @@ pub(super) fn keep_port<A: Wire, P: Packet, K: Tables<A>>(
 ) -> Outcome {
     let Some(device) = kernel.device() else { return Verdict::Pass.raw() };
     if !is_masqueraded(kernel, headers, device) {
-        return Verdict::Pass.raw();
+        // Nothing was done: it may be an answer that another version's program behind has to see to.
+        return Verdict::Leave.raw();
     }
     let Some(draft) = kernel.draft() else { return Verdict::Pass.raw() };
     draft.write(Flow::straight(&headers.key, kernel.now()));

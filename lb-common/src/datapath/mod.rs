@@ -23,8 +23,8 @@ mod tests;
 use crate::addr::NetPort;
 use crate::checksum::Sum;
 use crate::maps::{
-    Addr, Affinity, AffinityKey, Device, Flow, FlowKey, Fragment, FragmentKey, Frontend, FrontendKey, Range,
-    Side, Slot, SlotGroup, SlotGroupKey, SlotKey,
+    Addr, Affinity, AffinityKey, Device, DeviceIndex, Flow, FlowKey, Fragment, FragmentKey, Frontend,
+    FrontendKey, Range, Side, Slot, SlotGroup, SlotGroupKey, SlotKey,
 };
 use bytemuck::Pod;
 use core::marker::PhantomData;
@@ -429,7 +429,7 @@ impl<'a, A: Addr> FlowRef<'a, A> {
         // SAFETY: see `new`.
         unsafe {
             (*flow).masq = addr;
-            (*flow).masq_device = device as u16;
+            (*flow).masq_device = device as DeviceIndex;
             (*flow).flags = (*flow).flags & Flow::<A>::DNAT | Flow::<A>::MASQ_DONE;
             (*flow).side = Side::Back as u8;
             (*flow).state = 0;

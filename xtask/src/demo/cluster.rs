@@ -137,6 +137,19 @@ impl Cluster {
         self.start_agent(node, flags)
     }
 
+    /// Has agents that are started from now on run another program.
+    pub fn use_agent(&mut self, exe: &Path) {
+        self.exe = exe.to_owned();
+    }
+
+    /// Starts a node's agent without waiting for it.
+    ///
+    /// # Errors
+    /// If it cannot be started.
+    pub fn begin_agent(&mut self, node: usize) -> Result<()> {
+        self.spawn_agent(node, &[])
+    }
+
     /// The program that the agents run.
     pub fn agent_exe(&self) -> &Path {
         &self.exe

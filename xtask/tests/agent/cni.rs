@@ -75,12 +75,12 @@ fn ips(pod: &Host) -> Value {
 }
 
 fn pins(node: &Host) -> PathBuf {
-    node.bpffs_dir().join(format!("lb/v{}", lb_common::maps::VERSION))
+    node.bpffs_dir().join("lb")
 }
 
 /// A node's device table.
 fn device_table(node: &Host) -> Result<HashMap<MapData, u32, Device>> {
-    let map = MapData::from_pin(pins(node).join("maps/LB_DEVICE"))?;
+    let map = MapData::from_pin(pins(node).join("devices"))?;
     HashMap::try_from(Map::HashMap(map)).context("the device table")
 }
 

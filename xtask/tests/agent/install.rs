@@ -236,8 +236,8 @@ fn a_node_is_not_cleaned_under_an_agent() -> Result<()> {
     let lab = Lab::builder("busy").pods(1).build()?;
     let (node, dirs) = (Node::start(lab.node(0), Cgroups::Own)?, Dirs::new()?);
     succeeds(node.in_pod(&["install"], &dirs)?)?;
-    fs::create_dir_all(node.path("/run/lb-agent/bpf/lb/v0/links"))?;
-    let busy = fs::File::open(node.path("/run/lb-agent/bpf/lb/v0"))?;
+    fs::create_dir_all(node.path("/run/lb-agent/bpf/lb/links"))?;
+    let busy = fs::File::open(node.path("/run/lb-agent/bpf/lb"))?;
     busy.lock()?;
     let mut cleanup =
         Stopped(node.in_pod(&["cleanup", "--grace=0s"], &dirs)?.stderr(Stdio::piped()).spawn()?);

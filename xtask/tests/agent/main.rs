@@ -26,3 +26,4 @@ mod refusals;
 mod reordered;
 mod restart;
 mod support;
+mod upgrade;

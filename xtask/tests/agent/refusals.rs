@@ -107,7 +107,7 @@ fn a_fresh_node_is_left_as_it_was() -> Result<()> {
     let good = lab.node(0).state_dir().join("manifests");
     fs::create_dir(&good)?;
     mistakes(&exe, lab.node(0), &good)?;
-    let links = lab.node(0).bpffs_dir().join(format!("lb/v{}/links", lb_common::maps::VERSION));
+    let links = lab.node(0).bpffs_dir().join("lb/links");
     let left: Vec<_> = fs::read_dir(links).into_iter().flatten().flatten().map(|e| e.file_name()).collect();
     ensure!(left.is_empty(), "programs were attached all the same: {left:?}");
     // A cgroup2 directory is what it takes, not any directory.

@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 use std::fs;
 use std::net::SocketAddr;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
@@ -74,12 +74,12 @@ struct Pinned {
     links: BTreeMap<String, (u32, u32)>,
 }
 
-fn pin_dir(node: &Host) -> PathBuf {
-    node.bpffs_dir().join(format!("lb/v{}", lb_common::maps::VERSION))
+fn maps_dir(node: &Host) -> PathBuf {
+    node.bpffs_dir().join(format!("lb/v{}/maps", lb_common::maps::VERSION))
 }
 
-fn entries(node: &Host, kind: &str) -> Result<Vec<(String, PathBuf)>> {
-    let entries = fs::read_dir(pin_dir(node).join(kind))?;
+fn entries(dir: &Path) -> Result<Vec<(String, PathBuf)>> {
+    let entries = fs::read_dir(dir)?;
     entries
         .map(|e| e.map(|e| (e.file_name().to_string_lossy().into_owned(), e.path())).map_err(Into::into))
         .collect()
@@ -87,10 +87,10 @@ fn entries(node: &Host, kind: &str) -> Result<Vec<(String, PathBuf)>> {
 
 fn pinned(node: &Host) -> Result<Pinned> {
     let (mut maps, mut links) = (BTreeMap::new(), BTreeMap::new());
-    for (name, path) in entries(node, "maps")? {
+    for (name, path) in entries(&maps_dir(node))? {
         maps.insert(name, MapInfo::from_pin(path)?.id());
     }
-    for (name, path) in entries(node, "links")? {
+    for (name, path) in entries(&node.bpffs_dir().join("lb/links"))? {
         let info = FdLink::from(PinnedLink::from_pin(path)?).info()?;
         links.insert(name, (info.id(), info.program_id()));
     }
@@ -98,7 +98,7 @@ fn pinned(node: &Host) -> Result<Pinned> {
 }
 
 fn flows(node: &Host) -> Result<Vec<FlowKey<Ip4>>> {
-    let map = MapData::from_pin(pin_dir(node).join("maps/LB_FLOW4"))?;
+    let map = MapData::from_pin(maps_dir(node).join("LB_FLOW4"))?;
     let map: HashMap<_, FlowKey<Ip4>, Flow<Ip4>> = HashMap::try_from(Map::HashMap(map))?;
     map.keys().collect::<Result<_, _>>().context("read the flows")
 }

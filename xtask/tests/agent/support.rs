@@ -159,6 +159,17 @@ impl Traffic {
         });
     }
 
+    /// New connections, a few hundred a second; one that takes as long as a retransmitted SYN counts as failed.
+    pub(crate) fn new_connections(&mut self, from: &Host, to: SocketAddr) -> Result<()> {
+        let ask = Ask::tcp(to).timeout(Duration::from_millis(900)).count(1_000_000);
+        let mut answers = from.start_asking(&ask.interval(Duration::from_millis(2)))?;
+        self.work(format!("new connections {} → {to}", from.name()), move || {
+            let answer = answers.next().context("the client ended")?;
+            answer.0.map(drop).map_err(|e| anyhow::anyhow!("not answered: {e}"))
+        });
+        Ok(())
+    }
+
     /// Streams of so many bytes, one after the other.
     pub(crate) fn streams(&mut self, from: &Host, to: SocketAddr, bytes: u64, direction: Direction) {
         let (from, what) = (from.clone(), format!("streams {} → {to} {direction:?}", from.name()));

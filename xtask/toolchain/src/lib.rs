@@ -60,11 +60,11 @@ impl Toolchain {
         Ok(Self { compiler, bpf_linker })
     }
 
-    /// Builds `package` of the workspace at `root` for BPF and returns the path of its object file.
+    /// Builds `package` of the workspace at `root` for BPF, with these features, and returns the path of its object file.
     ///
     /// # Errors
     /// If cargo fails; its output has gone to stderr.
-    pub fn build(&self, root: &Path, package: &str, target_dir: &Path) -> Result<PathBuf> {
+    pub fn build(&self, root: &Path, package: &str, target_dir: &Path, features: &[&str]) -> Result<PathBuf> {
         const TARGET: &str = "bpfel-unknown-none";
         let arch = std::env::var("CARGO_CFG_TARGET_ARCH").unwrap_or_else(|_| std::env::consts::ARCH.into());
         let mut cargo = match &self.compiler {
@@ -110,6 +110,7 @@ impl Toolchain {
             .args(["build", "--profile", "ebpf", "-Z", "build-std=core", "--target", TARGET])
             .args(["--package", package, "--target-dir"])
             .arg(target_dir)
+            .arg(format!("--features={}", features.join(",")))
             .stdout(Stdio::from(std::io::stderr()));
         let status = cargo.status().with_context(|| format!("run {cargo:?}"))?;
         if !status.success() {

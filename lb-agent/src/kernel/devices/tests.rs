@@ -8,6 +8,7 @@ use aya::programs::{SchedClassifier, TcAttachType};
 use aya::{Ebpf, EbpfLoader};
 use lb_attach::attach::{self, Hook};
 use lb_attach::netlink::Netlink;
+use lb_attach::pins::Place;
 use lb_attach::syscall;
 use netlink_packet_core::NLM_F_DUMP;
 use netlink_sys::protocols::NETLINK_ROUTE;
@@ -66,7 +67,7 @@ fn what_is_attached_is_known_replaced_and_taken_off() {
         let turn = pins.lock().expect("our turn");
         assert!(Attacher::open(&turn, &pins, tcx).expect("open").is_none(), "nothing is pinned yet");
         drop(turn);
-        let mut first = programs::pin(&mut load(&pins), &pins, features).expect("pin");
+        let mut first = programs::pin(&mut load(&pins), &pins, features, Place::Main).expect("pin");
         let both = Hook::BOTH.to_vec();
         assert_eq!(first.missing(&link).expect("look"), both, "tcx {tcx}: nothing is attached yet");
         for again in 0..2 {
@@ -77,7 +78,7 @@ fn what_is_attached_is_known_replaced_and_taken_off() {
         assert_eq!(first.served().into_iter().collect::<Vec<_>>(), [link.index]);
 
         // Others come, with programs of their own.
-        let mut second = programs::pin(&mut load(&pins), &pins, features).expect("pin");
+        let mut second = programs::pin(&mut load(&pins), &pins, features, Place::Main).expect("pin");
         assert_eq!(second.missing(&link).expect("look"), both, "tcx {tcx}: the old programs are on it");
         second.attach(&pins.lock().expect("our turn"), &link, entry).expect("attach");
         assert_eq!(second.missing(&link).expect("look"), [], "tcx {tcx}: replaced");
@@ -127,7 +128,7 @@ fn many_at_once_attach_one_program() {
     each_way(|pins, tcx| {
         let link = veth("pod");
         let features = Features { tcx, flags: 0 };
-        drop(programs::pin(&mut load(&pins), &pins, features).expect("pin"));
+        drop(programs::pin(&mut load(&pins), &pins, features, Place::Main).expect("pin"));
         std::thread::scope(|scope| {
             for _ in 0..8 {
                 scope.spawn(|| {

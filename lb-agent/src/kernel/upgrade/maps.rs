@@ -1,0 +1,128 @@
+//! Maps of another version: bytes, of which a pinned description says what they are.
+
+use super::layout::{Layout, Layouts, Plan, ours};
+use crate::kernel::pins::Pins;
+use crate::kernel::syscall;
+use anyhow::{Context as _, Result, ensure};
+use aya::maps::{Array, Map, MapData, MapInfo, MapType};
+use lb_common::layout::ROOM;
+use std::io::ErrorKind;
+use std::os::fd::AsFd as _;
+
+/// The map with the description.
+const LAYOUT: &str = "LB_LAYOUT";
+
+/// Writes down what our maps look like.
+pub(crate) fn describe(pins: &Pins) -> Result<()> {
+    let mut text = serde_json::to_vec(&ours())?;
+    ensure!(text.len() < ROOM, "the description of the maps is too long");
+    text.resize(ROOM, 0);
+    let map = open(pins, LAYOUT)?;
+    syscall::update(map.fd().as_fd(), &0u32.to_ne_bytes(), &text, syscall::Update::Any)
+        .context("write the description of the maps")
+}
+
+/// What another version's look like.
+pub(super) fn described(pins: &Pins) -> Result<Layouts> {
+    let map: Array<_, [u8; ROOM]> = Array::try_from(Map::Array(open(pins, LAYOUT)?))?;
+    let text = map.get(&0, 0).context("read the description of the maps")?;
+    let end = text.iter().position(|byte| *byte == 0).unwrap_or(ROOM);
+    serde_json::from_slice(&text[..end]).with_context(|| {
+        format!("the maps of version {} are not described: its programs cannot be replaced", pins.version())
+    })
+}
+
+pub(super) fn open(pins: &Pins, name: &str) -> Result<MapData> {
+    let path = pins.map(name);
+    MapData::from_pin(&path).with_context(|| format!("open the pinned map {}", path.display()))
+}
+
+/// The id of a version's map.
+pub(super) fn id(pins: &Pins, name: &str) -> Option<u32> {
+    MapInfo::from_pin(pins.map(name)).ok().map(|info| info.id())
+}
+
+/// Sets the only value of a version's `LB_STANCE`, whose layout is the same in all.
+pub(super) fn set_stance(pins: &Pins, stance: u32) -> Result<()> {
+    let map = open(pins, "LB_STANCE")?;
+    syscall::update(map.fd().as_fd(), &0u32.to_ne_bytes(), &stance.to_ne_bytes(), syscall::Update::Any)
+        .with_context(|| format!("tell the programs of version {} what is theirs", pins.version()))
+}
+
+/// What became of a table's records.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(super) struct Copied {
+    pub(super) copied: usize,
+    /// They were there.
+    pub(super) known: usize,
+    /// The other version has no words for them, or no room.
+    pub(super) lost: usize,
+}
+
+impl Copied {
+    pub(super) fn add(&mut self, other: Self) {
+        self.copied += other.copied;
+        self.known += other.known;
+        self.lost += other.lost;
+    }
+}
+
+/// From one version's maps to another's.
+pub(super) struct Move<'a> {
+    pub(super) from: &'a Pins,
+    pub(super) to: &'a Pins,
+    pub(super) layouts: (&'a Layouts, &'a Layouts),
+    /// Whose record counts where both have one.
+    pub(super) how: syscall::Update,
+}
+
+impl Move<'_> {
+    /// One table; nothing if either version has none of that name.
+    pub(super) fn table(&self, name: &str) -> Result<Copied> {
+        let (Some(old), Some(new)) = (self.layouts.0.get(name), self.layouts.1.get(name)) else {
+            return Ok(Copied::default());
+        };
+        self.copy(name, old, new).with_context(|| {
+            format!("bring {name} from version {} to version {}", self.from.version(), self.to.version())
+        })
+    }
+
+    fn copy(&self, name: &str, old: &Layout, new: &Layout) -> Result<Copied> {
+        let (from, to) = (open(self.from, name)?, open(self.to, name)?);
+        for (map, layout) in [(&from, old), (&to, new)] {
+            let info = map.info()?;
+            let sizes = (info.key_size() as usize, info.value_size() as usize);
+            ensure!(
+                sizes == (layout.key.size, layout.value.size),
+                "the description is another map's: {sizes:?}"
+            );
+        }
+        let kind = from.info()?.map_type()?;
+        let (key, value) = (Plan::new(&old.key, &new.key, true), Plan::new(&old.value, &new.value, false));
+        let (mut count, mut there) = (Copied::default(), (Vec::new(), Vec::new()));
+        let mut put = |k: &[u8], v: &[u8]| {
+            // An array has all its entries; those that nobody wrote are zero in ours, too.
+            if kind == MapType::Array && v.iter().all(|byte| *byte == 0) {
+                return Ok(());
+            }
+            if !key.apply(k, &mut there.0) || !value.apply(v, &mut there.1) {
+                count.lost += 1;
+                return Ok(());
+            }
+            let how = if kind == MapType::Array { syscall::Update::Any } else { self.how };
+            match syscall::update(to.fd().as_fd(), &there.0, &there.1, how) {
+                Ok(()) => count.copied += 1,
+                Err(error) if error.kind() == ErrorKind::AlreadyExists => count.known += 1,
+                Err(error) if error.raw_os_error() == Some(libc::E2BIG) => count.lost += 1,
+                Err(error) => return Err(error),
+            }
+            Ok(())
+        };
+        if kind == MapType::LpmTrie {
+            syscall::for_each_one(from.fd().as_fd(), old.key.size, old.value.size, &mut put)?;
+        } else {
+            syscall::for_each_raw(from.fd().as_fd(), old.key.size, old.value.size, &mut put)?;
+        }
+        Ok(count)
+    }
+}
