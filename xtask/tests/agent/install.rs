@@ -171,13 +171,8 @@ fn inode(path: &Path) -> Result<u64> {
 }
 
 fn links(node: &Node) -> Result<Vec<String>> {
-    let mut names = Vec::new();
-    for version in fs::read_dir(node.path("/run/lb-agent/bpf/lb"))? {
-        for link in fs::read_dir(version?.path().join("links"))? {
-            names.push(link?.file_name().to_string_lossy().into_owned());
-        }
-    }
-    Ok(names)
+    let links = fs::read_dir(node.path("/run/lb-agent/bpf/lb/links"))?;
+    links.map(|link| Ok(link?.file_name().to_string_lossy().into_owned())).collect()
 }
 
 #[test]
