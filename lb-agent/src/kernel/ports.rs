@@ -2,6 +2,7 @@
 
 use super::tables::Tables;
 use anyhow::{Context as _, Result};
+use aya::maps::{Array, MapData};
 
 /// Takes over `net.ipv4.ip_local_reserved_ports`. Ports in use are found out by the programs, at the moment of use.
 ///
@@ -11,6 +12,32 @@ pub fn reserve(tables: &mut Tables) -> Result<()> {
     let text = std::fs::read_to_string("/proc/sys/net/ipv4/ip_local_reserved_ports").unwrap_or_default();
     for (index, bits) in (0u32..).zip(bitmap(&text)) {
         tables.ports.set(index, bits, 0).context("write the reserved ports")?;
+    }
+    Ok(())
+}
+
+/// Every second port.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Half {
+    /// 0, 2, 4, …
+    Even,
+    /// 1, 3, 5, …
+    Odd,
+}
+
+/// Reserves half of all ports besides: while two versions masquerade, no two flows must get one port, though neither
+/// knows the other's latest. [`reserve`] ends it.
+///
+/// # Errors
+/// If the map cannot be read or written.
+pub fn reserve_half(ports: &mut Array<MapData, u64>, half: Half) -> Result<()> {
+    let more = match half {
+        Half::Even => 0x5555_5555_5555_5555,
+        Half::Odd => 0xaaaa_aaaa_aaaa_aaaa,
+    };
+    for index in 0..ports.len() {
+        let bits: u64 = ports.get(&index, 0).context("read the reserved ports")?;
+        ports.set(index, bits | more, 0).context("write the reserved ports")?;
     }
     Ok(())
 }

@@ -102,10 +102,20 @@ pub fn for_each_one(
             result => result?,
         }
         (key, next, first) = (next, key, false);
-        match element(BPF_MAP_LOOKUP_ELEM, map, key.as_ptr() as u64, value.as_mut_ptr() as u64, 0) {
-            Err(error) if error.kind() == io::ErrorKind::NotFound => {}
-            result => result.and_then(|()| each(&key, &value))?,
+        if lookup(map, &key, &mut value)? {
+            each(&key, &value)?;
         }
+    }
+}
+
+/// Reads an entry, whose key and value are of the map's sizes; false if there is none.
+///
+/// # Errors
+/// If the kernel refuses.
+pub fn lookup(map: BorrowedFd<'_>, key: &[u8], value: &mut [u8]) -> io::Result<bool> {
+    match element(BPF_MAP_LOOKUP_ELEM, map, key.as_ptr() as u64, value.as_mut_ptr() as u64, 0) {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(false),
+        result => result.map(|()| true),
     }
 }
 

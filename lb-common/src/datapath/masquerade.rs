@@ -3,7 +3,7 @@
 use super::enter::FULL;
 use super::ingress::done;
 use super::parse::{Headers, Kind, Wire, tcp_flags};
-use super::ports::Ports;
+use super::ports::{Ports, neighbour};
 use super::reclaim::make_room;
 use super::rewrite::{End, rewrite};
 use super::{FlowRef, Outcome, Packet, Put, PutError, Reason, Tables, Taken, Verdict};
@@ -138,10 +138,7 @@ pub(super) fn take_port<A: Addr, K: Tables<A>>(
     let mut ports = Ports::new(kernel, &draft.get().key(Side::Forward));
     draft.masquerade(addr, kernel.device_index());
     for _ in 0..PORT_TRIES {
-        let port = ports.next();
-        if kernel.port_reserved(port) {
-            continue;
-        }
+        let Some(port) = ports.next_free(kernel) else { continue };
         draft.set_masq_port(NetPort::new(port));
         let flow = draft.get();
         let back = flow.key(Side::Back);
@@ -169,8 +166,11 @@ pub(super) fn take_port<A: Addr, K: Tables<A>>(
 pub(super) fn own_port<A: Addr, K: Tables<A>>(kernel: &K, draft: &FlowRef<'_, A>, device: &Device) -> bool {
     let mut ports = Ports::new(kernel, &draft.get().key(Side::Forward));
     draft.masquerade(A::masquerade_addr(device), kernel.device_index());
-    for _ in 0..OWN_TRIES {
-        draft.set_masq_port(NetPort::new(ports.next()));
+    let mut port = 0;
+    for i in 0..2 * OWN_TRIES {
+        // What is reserved now need not have been reserved then, nor the other way round.
+        port = if i & 1 == 0 { ports.next() } else { neighbour(port) };
+        draft.set_masq_port(NetPort::new(port));
         let flow = draft.get();
         if kernel.flow(&flow.key(Side::Back)).is_some_and(|other| other.get().same_origin(flow)) {
             return true;

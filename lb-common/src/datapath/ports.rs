@@ -30,4 +30,23 @@ impl Ports {
         self.at = self.at.wrapping_add(self.step);
         self.first.wrapping_add(scale(self.at, self.span) as u16)
     }
+
+    /// The next candidate or, if the host has reserved it, its neighbour. (A whole walk may be of even ports only: without
+    /// neighbours, having every second port reserved would leave some flows none.)
+    #[inline(always)]
+    pub(super) fn next_free<K: Kernel>(&mut self, kernel: &K) -> Option<u16> {
+        let port = self.next();
+        if !kernel.port_reserved(port) {
+            return Some(port);
+        }
+        let neighbour = neighbour(port);
+        let inside = u32::from(neighbour.wrapping_sub(self.first)) < self.span;
+        (inside && !kernel.port_reserved(neighbour)).then_some(neighbour)
+    }
+}
+
+/// The port that is tried in place of a reserved one.
+#[inline(always)]
+pub(super) fn neighbour(port: u16) -> u16 {
+    port ^ 1
 }

@@ -116,7 +116,8 @@ fn a_lost_entry_is_made_again() {
     lose_forward::<Ip6>(true);
 }
 
-fn key<A: Fam>(src: SocketAddr, dst: SocketAddr, proto: u8) -> FlowKey<A> {
+/// The key of packets between two sockets.
+pub(crate) fn key<A: Fam>(src: SocketAddr, dst: SocketAddr, proto: u8) -> FlowKey<A> {
     FlowKey {
         src: A::from_ip(src.ip()),
         dst: A::from_ip(dst.ip()),

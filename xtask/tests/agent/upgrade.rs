@@ -87,7 +87,7 @@ fn no_connection_notices_an_upgrade_or_the_way_back() -> Result<()> {
         last = Instant::now();
         pause();
     }
-    traffic.finish(last)?;
+    traffic.finish(last).map_err(|e| anyhow::anyhow!("{e:#}\n{}", log(&node)))?;
     Ok(())
 }
 

@@ -33,6 +33,11 @@ pub(super) type Layouts = BTreeMap<String, Layout>;
 const PREFIX: usize = size_of::<u32>();
 
 impl Record {
+    /// Where a field is, and how long.
+    pub(super) fn field(&self, name: &str) -> Option<(usize, usize)> {
+        self.fields.get(name).copied()
+    }
+
     fn of<T: Described>(prefix: usize) -> Self {
         let mut fields = Fields::new();
         if prefix > 0 {

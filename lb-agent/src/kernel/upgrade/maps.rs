@@ -1,12 +1,13 @@
 //! Maps of another version: bytes, of which a pinned description says what they are.
 
+use super::flows::{Entries, ORDER, Others, Step};
 use super::layout::{Layout, Layouts, Plan, ours};
 use crate::kernel::pins::Pins;
 use crate::kernel::syscall;
 use anyhow::{Context as _, Result, ensure};
 use aya::maps::{Array, Map, MapData, MapInfo, MapType};
 use lb_common::layout::ROOM;
-use std::io::ErrorKind;
+use std::io::{self, ErrorKind};
 use std::os::fd::AsFd as _;
 
 /// The map with the description.
@@ -87,8 +88,77 @@ impl Move<'_> {
         })
     }
 
+    /// Several.
+    pub(super) fn tables(&self, names: &[&str]) -> Result<Copied> {
+        let mut all = Copied::default();
+        names.iter().try_for_each(|name| self.table(name).map(|copied| all.add(copied)))?;
+        Ok(all)
+    }
+
+    /// A table of flows, as far as the others have come.
+    pub(super) fn flows(&self, name: &str, others: Others) -> Result<Copied> {
+        let (Some(old), Some(new)) = (self.layouts.0.get(name), self.layouts.1.get(name)) else {
+            return Ok(Copied::default());
+        };
+        self.copy_flows(name, old, new, others).with_context(|| {
+            format!("bring {name} from version {} to version {}", self.from.version(), self.to.version())
+        })
+    }
+
     fn copy(&self, name: &str, old: &Layout, new: &Layout) -> Result<Copied> {
-        let (from, to) = (open(self.from, name)?, open(self.to, name)?);
+        let ends = Ends::open(self, name, old, new)?;
+        let mut count = Copied::default();
+        ends.each(old, new, |record| match record {
+            Some((key, value)) => ends.put(key, value, self.how, &mut count),
+            None => {
+                count.lost += 1;
+                Ok(())
+            }
+        })?;
+        Ok(count)
+    }
+
+    fn copy_flows(&self, name: &str, old: &Layout, new: &Layout, others: Others) -> Result<Copied> {
+        let ends = Ends::open(self, name, old, new)?;
+        let entries = Entries::new(new);
+        let mut count = Copied::default();
+        // One reading for all sides: what begins meanwhile is met by the next.
+        let mut all: Vec<(Vec<u8>, Vec<u8>)> = Vec::new();
+        ends.each(old, new, |record| {
+            match record {
+                Some((key, value)) => all.push((key.to_vec(), value.to_vec())),
+                None => count.lost += 1,
+            }
+            Ok(())
+        })?;
+        for side in ORDER {
+            for (key, value) in all.iter().filter(|(_, value)| entries.side(value) == Some(side)) {
+                let now = match entries.step(value, others) {
+                    Step::Copy => true,
+                    Step::Leave => false,
+                    Step::With(forward) => {
+                        ends.lookup(&forward, new)?.is_some_and(|there| entries.same_origin(&there, value))
+                    }
+                };
+                if now {
+                    ends.put(key, value, self.how, &mut count)?;
+                }
+            }
+        }
+        Ok(count)
+    }
+}
+
+/// A table in both versions.
+struct Ends {
+    from: MapData,
+    to: MapData,
+    kind: MapType,
+}
+
+impl Ends {
+    fn open(of: &Move<'_>, name: &str, old: &Layout, new: &Layout) -> Result<Self> {
+        let (from, to) = (open(of.from, name)?, open(of.to, name)?);
         for (map, layout) in [(&from, old), (&to, new)] {
             let info = map.info()?;
             let sizes = (info.key_size() as usize, info.value_size() as usize);
@@ -98,31 +168,47 @@ impl Move<'_> {
             );
         }
         let kind = from.info()?.map_type()?;
+        Ok(Self { from, to, kind })
+    }
+
+    /// Every record in the other layout, or nothing if it cannot be said in that.
+    fn each(
+        &self,
+        old: &Layout,
+        new: &Layout,
+        mut each: impl FnMut(Option<(&[u8], &[u8])>) -> io::Result<()>,
+    ) -> io::Result<()> {
         let (key, value) = (Plan::new(&old.key, &new.key, true), Plan::new(&old.value, &new.value, false));
-        let (mut count, mut there) = (Copied::default(), (Vec::new(), Vec::new()));
-        let mut put = |k: &[u8], v: &[u8]| {
+        let mut there = (Vec::new(), Vec::new());
+        let one = |k: &[u8], v: &[u8]| {
             // An array has all its entries; those that nobody wrote are zero in ours, too.
-            if kind == MapType::Array && v.iter().all(|byte| *byte == 0) {
+            if self.kind == MapType::Array && v.iter().all(|byte| *byte == 0) {
                 return Ok(());
             }
-            if !key.apply(k, &mut there.0) || !value.apply(v, &mut there.1) {
-                count.lost += 1;
-                return Ok(());
-            }
-            let how = if kind == MapType::Array { syscall::Update::Any } else { self.how };
-            match syscall::update(to.fd().as_fd(), &there.0, &there.1, how) {
-                Ok(()) => count.copied += 1,
-                Err(error) if error.kind() == ErrorKind::AlreadyExists => count.known += 1,
-                Err(error) if error.raw_os_error() == Some(libc::E2BIG) => count.lost += 1,
-                Err(error) => return Err(error),
-            }
-            Ok(())
+            let said = key.apply(k, &mut there.0) && value.apply(v, &mut there.1);
+            each(said.then_some((&there.0, &there.1)))
         };
-        if kind == MapType::LpmTrie {
-            syscall::for_each_one(from.fd().as_fd(), old.key.size, old.value.size, &mut put)?;
+        let (from, sizes) = (self.from.fd().as_fd(), (old.key.size, old.value.size));
+        if self.kind == MapType::LpmTrie {
+            syscall::for_each_one(from, sizes.0, sizes.1, one)
         } else {
-            syscall::for_each_raw(from.fd().as_fd(), old.key.size, old.value.size, &mut put)?;
+            syscall::for_each_raw(from, sizes.0, sizes.1, one)
         }
-        Ok(count)
+    }
+
+    fn put(&self, key: &[u8], value: &[u8], how: syscall::Update, count: &mut Copied) -> io::Result<()> {
+        let how = if self.kind == MapType::Array { syscall::Update::Any } else { how };
+        match syscall::update(self.to.fd().as_fd(), key, value, how) {
+            Ok(()) => count.copied += 1,
+            Err(error) if error.kind() == ErrorKind::AlreadyExists => count.known += 1,
+            Err(error) if error.raw_os_error() == Some(libc::E2BIG) => count.lost += 1,
+            Err(error) => return Err(error),
+        }
+        Ok(())
+    }
+
+    fn lookup(&self, key: &[u8], new: &Layout) -> io::Result<Option<Vec<u8>>> {
+        let mut value = vec![0; new.value.size];
+        Ok(syscall::lookup(self.to.fd().as_fd(), key, &mut value)?.then_some(value))
     }
 }

@@ -3,16 +3,20 @@
 //! `docs/design.md` has the steps. All of it happens before anything is learned from the API server, and every step leaves
 //! programs attached that know each flow; so a crash anywhere is picked up by the next start, of either version.
 
+mod flows;
 mod layout;
 mod maps;
 
 use super::pins::{Pins, Place};
+use super::ports::{self, Half};
 use super::programs::{self, Features};
 use super::sockets;
 use super::syscall::Update;
 use crate::cli::{RunArgs, SocketLb};
 use anyhow::{Context as _, Result};
+use aya::maps::{Array, Map};
 use aya::programs::SchedClassifier;
+use flows::Others;
 use layout::Layouts;
 use lb_attach::attach::{Attacher, Hook};
 use lb_attach::snapshot::{self, Link};
@@ -43,7 +47,8 @@ const STATE: [&str; 15] = [
     "LB_FRONT6",
 ];
 /// What there is of flows.
-const FLOWS: [&str; 3] = ["LB_AFFINITY", "LB_FLOW4", "LB_FLOW6"];
+const FLOWS: [&str; 2] = ["LB_FLOW4", "LB_FLOW6"];
+const AFFINITY: &str = "LB_AFFINITY";
 const SOCKETS: &str = "LB_SOCKET";
 /// A packet that was under way between two programs has arrived by then, and so have most answers to datagrams.
 const SETTLE: Duration = Duration::from_millis(100);
@@ -100,15 +105,10 @@ fn take_over(old: &Pins, pins: &Pins, args: &RunArgs, features: Features, begun:
     );
     let mut ebpf = programs::load(pins, args, features, Place::Front)?;
     let layouts: (Layouts, Layouts) = (maps::described(old)?, layout::ours());
-    let from_old = Move { from: old, to: pins, layouts: (&layouts.0, &layouts.1), how: Update::New };
-    let copy = |tables: &[&str]| -> Result<Copied> {
-        let mut all = Copied::default();
-        tables.iter().try_for_each(|table| from_old.table(table).map(|copied| all.add(copied)))?;
-        Ok(all)
-    };
+    let from_old = |how| Move { from: old, to: pins, layouts: (&layouts.0, &layouts.1), how };
     if !begun {
         maps::set_stance(pins, stance::LEAVE)?;
-        let state = copy(&STATE)?;
+        let state = from_old(Update::New).tables(&STATE)?;
         if state.lost > 0 {
             warn!(
                 "{} entries of the tables of Services have no place in version {}",
@@ -117,25 +117,40 @@ fn take_over(old: &Pins, pins: &Pins, args: &RunArgs, features: Features, begun:
             );
         }
     }
+    // What the others masquerade from now on, and what we do, cannot meet, though neither knows the other's latest.
+    for (pins, half) in [(old, Half::Odd), (pins, Half::Even)] {
+        let mut ports = Array::try_from(Map::Array(maps::open(pins, "LB_PORTS")?))?;
+        ports::reserve_half(&mut ports, half)?;
+    }
     let attacher = programs::pin(&mut ebpf, pins, features, Place::Front)?;
     put_on_all_devices(pins, attacher)?;
-    // What begins while a table is read is the less the shorter that takes: the last round has only to find what is new.
     let mut flows = Copied::default();
-    for _ in 0..ROUNDS {
-        let more = copy(&FLOWS)?;
+    let mut copy_flows = |others| -> Result<usize> {
+        let mut more = Copied::default();
+        for table in FLOWS {
+            more.add(from_old(Update::New).flows(table, others)?);
+        }
         flows = Copied { copied: flows.copied + more.copied, ..more };
-        if more.copied < FEW {
+        Ok(more.copied)
+    };
+    // What begins while a table is read is the less the shorter that takes: the last round has only to find what is new.
+    for _ in 0..ROUNDS {
+        // As long as we have given none ourselves, theirs is the younger one.
+        from_old(if begun { Update::New } else { Update::Any }).table(AFFINITY)?;
+        if copy_flows(Others::Serve)? < FEW {
             break;
         }
     }
-    for (stance, pause) in [(stance::BEGIN, SETTLE), (stance::ADOPT, SETTLE), (stance::SERVE, SETTLE)] {
+    for (stance, others) in
+        [(stance::BEGIN, Others::Serve), (stance::ADOPT, Others::Serve), (stance::SERVE, Others::Rest)]
+    {
         maps::set_stance(pins, stance)?;
-        std::thread::sleep(pause);
-        let more = copy(&FLOWS)?;
-        flows = Copied { copied: flows.copied + more.copied, ..more };
+        std::thread::sleep(SETTLE);
+        from_old(Update::New).table(AFFINITY)?;
+        copy_flows(others)?;
     }
     if args.socket_lb != SocketLb::Off {
-        let copy = || copy(&[SOCKETS]).map(drop);
+        let copy = || from_old(Update::New).table(SOCKETS).map(drop);
         sockets::take_over(&mut ebpf, pins, args, copy)?;
     }
     info!(
@@ -173,7 +188,10 @@ fn withdraw(front: &Pins, serving: &Pins, features: Features) -> Result<()> {
     let layouts = (maps::described(front)?, maps::described(serving)?);
     let back = Move { from: front, to: serving, layouts: (&layouts.0, &layouts.1), how: Update::Any };
     for pause in [SETTLE, Duration::ZERO] {
-        FLOWS.iter().chain([&SOCKETS]).try_for_each(|table| back.table(table).map(drop))?;
+        for table in FLOWS {
+            back.flows(table, Others::Rest)?;
+        }
+        back.tables(&[AFFINITY, SOCKETS])?;
         std::thread::sleep(pause);
     }
     let turn = serving.lock()?;
