@@ -58,6 +58,21 @@ pub async fn run(args: RunArgs) -> Result<()> {
     info!("lb-agent {} on node {node_name}: {}", env!("CARGO_PKG_VERSION"), features.describe());
 
     upgrade::begin(&pins, &args, features)?;
+    let result = serve(args, node_name, source, features, pins.clone()).await;
+    if result.is_err() {
+        upgrade::give_up(&pins, features);
+    }
+    result
+}
+
+/// From when another version's programs, if there were any, have ours in front of them.
+async fn serve(
+    args: RunArgs,
+    node_name: String,
+    source: Source,
+    features: Features,
+    pins: Pins,
+) -> Result<()> {
     let mut ebpf = programs::load(&pins, &args, features, Place::Main)?;
     sockets::attach(&mut ebpf, &pins, &args)?;
     if args.socket_lb == SocketLb::Host && programs::netns_cookie() == 0 {
@@ -68,7 +83,7 @@ pub async fn run(args: RunArgs) -> Result<()> {
         follow_packet_log(&mut ebpf)?;
     }
     let mut tables = Tables::open(&pins)?;
-    ports::reserve(&mut tables)?;
+    ports::reserve(&mut tables.ports)?;
     // A cleanup may have begun, and not ended.
     tables.stance.set(0, stance::SERVE, 0).context("serve what begins")?;
     let (exempt, config_file) = no_masquerade(&args);

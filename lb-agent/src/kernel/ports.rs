@@ -1,6 +1,5 @@
 //! Ports that must not be masqueraded to, because the host has reserved them.
 
-use super::tables::Tables;
 use anyhow::{Context as _, Result};
 use aya::maps::{Array, MapData};
 
@@ -8,10 +7,10 @@ use aya::maps::{Array, MapData};
 ///
 /// # Errors
 /// If the map cannot be written.
-pub fn reserve(tables: &mut Tables) -> Result<()> {
+pub fn reserve(ports: &mut Array<MapData, u64>) -> Result<()> {
     let text = std::fs::read_to_string("/proc/sys/net/ipv4/ip_local_reserved_ports").unwrap_or_default();
     for (index, bits) in (0u32..).zip(bitmap(&text)) {
-        tables.ports.set(index, bits, 0).context("write the reserved ports")?;
+        ports.set(index, bits, 0).context("write the reserved ports")?;
     }
     Ok(())
 }

@@ -4,7 +4,7 @@ use super::enter::FULL;
 use super::ingress::done;
 use super::parse::{Headers, Kind, Wire, tcp_flags};
 use super::ports::{Ports, neighbour};
-use super::reclaim::make_room;
+use super::reclaim::{is_closed, make_room};
 use super::rewrite::{End, rewrite};
 use super::{FlowRef, Outcome, Packet, Put, PutError, Reason, Tables, Taken, Verdict};
 use crate::addr::NetPort;
@@ -12,6 +12,8 @@ use crate::maps::{Addr, Device, Flow, Side, cidr};
 
 /// Ports tried before giving up. With one port in two taken, one new flow in four billion fails.
 const PORT_TRIES: u32 = 32;
+/// Ports looked at for one whose connection is over.
+const CLOSED_TRIES: u32 = 16;
 /// Ports looked at for the one that a flow has already: with one in two taken, it is among these 255 times of 256.
 const OWN_TRIES: u32 = 8;
 
@@ -121,16 +123,29 @@ fn wanted<A: Addr, K: Tables<A>>(kernel: &K, headers: &Headers<A>, device: &Devi
         && kernel.cidr(dst) & (cidr::CLUSTER | cidr::NO_MASQUERADE) == 0
 }
 
-/// Takes a free port of the device's address for the flow, and enters [`Side::Back`] under it.
-///
-/// The candidates follow from the hash of the tuple, so that a flow whose forward entry was lost finds its own port
-/// again.
-#[inline(never)]
+/// What there is to say without a port.
+const EXHAUSTED: Outcome = Verdict::Drop(Reason::MasqueradePortsExhausted).raw();
+
+/// Takes a port of the device's address for the flow, and enters [`Side::Back`] under it.
+#[inline(always)]
 pub(super) fn take_port<A: Addr, K: Tables<A>>(
     kernel: &K,
     draft: &FlowRef<'_, A>,
     device: &Device,
 ) -> Outcome {
+    match free_port(kernel, draft, device) {
+        // One after the other, not one in the other: the stack is short.
+        EXHAUSTED => port_of_closed(kernel, draft),
+        outcome => outcome,
+    }
+}
+
+/// A free port.
+///
+/// The candidates follow from the hash of the tuple, so that a flow whose forward entry was lost finds its own port
+/// again.
+#[inline(never)]
+fn free_port<A: Addr, K: Tables<A>>(kernel: &K, draft: &FlowRef<'_, A>, device: &Device) -> Outcome {
     let addr = A::masquerade_addr(device);
     if addr == A::default() {
         return Verdict::Drop(Reason::NoMasqueradeAddress).raw();
@@ -158,7 +173,41 @@ pub(super) fn take_port<A: Addr, K: Tables<A>>(
             }
         }
     }
-    Verdict::Drop(Reason::MasqueradePortsExhausted).raw()
+    EXHAUSTED
+}
+
+/// No port was free: takes one from a connection that is over. netfilter uses such ports again, too (`nf_nat_used_tuple`).
+#[inline(never)]
+fn port_of_closed<A: Addr, K: Tables<A>>(kernel: &K, draft: &FlowRef<'_, A>) -> Outcome {
+    let mut ports = Ports::new(kernel, &draft.get().key(Side::Forward));
+    for _ in 0..CLOSED_TRIES {
+        let Some(port) = ports.next_free(kernel) else { continue };
+        draft.set_masq_port(NetPort::new(port));
+        let flow = draft.get();
+        let mut key = flow.key(Side::Back);
+        let Some(back) = kernel.flow(&key) else { continue };
+        let back = back.get();
+        if !is_closed(back, kernel.now()) {
+            continue;
+        }
+        key = back.key(Side::Forward);
+        if let Some(forward) = kernel.flow(&key)
+            && forward.get().same_origin(back)
+        {
+            if back.state & Flow::<A>::RST == 0 && !is_closed(forward.get(), kernel.now()) {
+                // The client has more to say.
+                continue;
+            }
+            // What else there is of that flow leads nowhere without this one.
+            kernel.remove_flow(&key);
+        }
+        key = flow.key(Side::Back);
+        kernel.remove_flow(&key);
+        if kernel.put_flow(&key, flow, Put::New).is_ok() {
+            return Verdict::Pass.raw();
+        }
+    }
+    EXHAUSTED
 }
 
 /// Finds the port that the flow has already, if it has one.

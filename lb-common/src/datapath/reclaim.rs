@@ -28,13 +28,26 @@ pub(super) fn make_room<A: Addr, K: Tables<A>>(kernel: &K) -> bool {
 /// sends to the same backend.
 #[inline(always)]
 fn is_over<A: Addr>(flow: &Flow<A>, now: u32) -> bool {
-    let idle = now.wrapping_sub(flow.last_seen);
+    if is_closed(flow, now) {
+        return true;
+    }
     let patience = match flow.state {
-        state if state & Flow::<A>::CLOSING != 0 => 2,
         state if state & Flow::<A>::SEEN == 0 => 5,
         _ if flow.proto == super::parse::TCP => return false,
         _ => 30,
     };
+    is_idle(flow, now, patience)
+}
+
+/// Whether that side was closed, and what belongs to the closing has gone by.
+#[inline(always)]
+pub(super) fn is_closed<A: Addr>(flow: &Flow<A>, now: u32) -> bool {
+    flow.state & Flow::<A>::CLOSING != 0 && is_idle(flow, now, 2)
+}
+
+#[inline(always)]
+fn is_idle<A: Addr>(flow: &Flow<A>, now: u32, seconds: u32) -> bool {
+    let idle = now.wrapping_sub(flow.last_seen);
     // More than half of the clock's range is the future: another CPU's packet.
-    idle >= patience && idle < u32::MAX / 2
+    idle >= seconds && idle < u32::MAX / 2
 }

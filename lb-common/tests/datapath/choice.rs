@@ -209,6 +209,45 @@ fn masquerade_ports_are_free_ones_and_run_out() {
     masq::<Ip6>(true);
 }
 
+fn closed_ports(v6: bool) {
+    let n = Net::of(v6);
+    let mut world = cluster();
+    world.ports = (20_000, 20_007);
+    let to = sock(n.internet, 443);
+    let out =
+        |world: &World, port, flags| pass(world, UPLINK, Hook::Egress, sock(n.pod, port), to, L4::Tcp(flags));
+    // Not every walk comes by every port.
+    let all = |world: &World, clients: std::ops::Range<u16>| -> Vec<(u16, SocketAddr)> {
+        clients.filter_map(|port| Some((port, out(world, port, SYN)?.0))).collect()
+    };
+    let given = all(&world, 1..100);
+    assert_eq!(given.len(), 8);
+    // Closed by both, by the server only, and reset.
+    for (i, by_client, by_server) in [(0, FIN | ACK, FIN | ACK), (1, ACK, FIN | ACK), (2, ACK, RST)] {
+        let (client, src) = given[i];
+        pass(&world, UPLINK, Hook::Ingress, to, src, L4::Tcp(by_server)).expect("a reply");
+        out(&world, client, by_client).expect("its answer");
+    }
+    assert_eq!(all(&world, 100..200), [], "they have only just been closed");
+    world.now.set(world.now.get() + 3);
+    let again = all(&world, 200..300);
+    let ports = |given: &[(u16, SocketAddr)]| given.iter().map(|(_, src)| *src).collect::<HashSet<_>>();
+    assert_eq!(ports(&again), ports(&[given[0], given[2]]), "one client has not closed its half");
+    assert_eq!(again.len(), 2);
+    for (client, src) in again {
+        let back = pass(&world, UPLINK, Hook::Ingress, to, src, L4::Tcp(SYN | ACK));
+        assert_eq!(back, Some((to, sock(n.pod, client))));
+    }
+    let (client, src) = given[1];
+    let untouched = pass(&world, UPLINK, Hook::Ingress, to, src, L4::Tcp(ACK));
+    assert_eq!(untouched, Some((to, sock(n.pod, client))));
+}
+
+#[test]
+fn ports_of_closed_connections_are_used_again_when_no_other_is_left() {
+    BOTH.into_iter().for_each(closed_ports);
+}
+
 fn half_reserved<A: Fam>(v6: bool) {
     let n = Net::of(v6);
     let mut world = cluster();

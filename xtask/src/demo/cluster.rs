@@ -112,7 +112,7 @@ impl Cluster {
     /// If it does not become ready.
     pub fn start_agent(&mut self, node: usize, flags: &[&str]) -> Result<()> {
         self.spawn_agent(node, flags)?;
-        self.agents[node].as_mut().map_or(Ok(()), |agent| agent.wait_healthy(PATIENCE))
+        self.wait_for_agent(node, PATIENCE)
     }
 
     /// Asks a node's agent to end, and waits until it has.
@@ -148,6 +148,14 @@ impl Cluster {
     /// If it cannot be started.
     pub fn begin_agent(&mut self, node: usize) -> Result<()> {
         self.spawn_agent(node, &[])
+    }
+
+    /// Waits until a node's agent has programmed everything.
+    ///
+    /// # Errors
+    /// If it ends, or is not ready in time.
+    pub fn wait_for_agent(&mut self, node: usize, patience: Duration) -> Result<()> {
+        self.agents[node].as_mut().map_or(Ok(()), |agent| agent.wait_healthy(patience))
     }
 
     /// The program that the agents run.

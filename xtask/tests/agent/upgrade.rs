@@ -21,6 +21,9 @@ fn next() -> Result<&'static Path> {
     built.as_deref().map_err(|error| anyhow::anyhow!("{error}"))
 }
 
+/// Two versions' programs are verified, three times over, while all of the load goes on.
+const PATIENCE: Duration = Duration::from_secs(60);
+
 /// Every kind of path, new flows and old ones, of pods, of the node itself and of the outside.
 fn load(cluster: &Cluster) -> Result<Traffic> {
     let lab = cluster.lab();
@@ -81,7 +84,8 @@ fn no_connection_notices_an_upgrade_or_the_way_back() -> Result<()> {
     for (exe, version) in [(next, VERSION + 1), (&*this, VERSION), (next, VERSION + 1)] {
         cluster.stop_agent(0)?;
         cluster.use_agent(exe);
-        cluster.start_agent(0, &[])?;
+        cluster.begin_agent(0)?;
+        cluster.wait_for_agent(0, PATIENCE)?;
         only(&node, version)?;
         pause();
         last = Instant::now();
@@ -115,8 +119,45 @@ fn agents_of_both_versions_that_are_killed_at_any_moment_cut_nothing() -> Result
             cluster.kill_agent(0);
         }
         cluster.use_agent(&this);
-        cluster.start_agent(0, &[])?;
+        cluster.begin_agent(0)?;
+        cluster.wait_for_agent(0, PATIENCE)?;
         only(&node, VERSION)?;
+    }
+    pause();
+    let last = Instant::now();
+    pause();
+    traffic.finish(last)?;
+    Ok(())
+}
+
+#[test]
+fn a_start_that_fails_halfway_leaves_the_other_version_serving() -> Result<()> {
+    let (next, this) = (next()?, agent_exe()?);
+    let mut cluster = cluster("failed")?;
+    let node = cluster.lab().node(0).clone();
+    let traffic = load(&cluster)?;
+    pause();
+    cluster.stop_agent(0)?;
+    cluster.use_agent(next);
+    // Nothing can be pinned there, which is found out when all flows are the new version's.
+    let obstacle = node.bpffs_dir().join("lb/links/beside-recvmsg4");
+    fs::create_dir(&obstacle).context("an obstacle")?;
+    cluster.begin_agent(0)?;
+    let error = cluster.wait_for_agent(0, PATIENCE).err().context("it started nevertheless")?;
+    ensure!(format!("{error:#}").contains("exit status: 1"), "{error:#}");
+    fs::remove_dir(&obstacle)?;
+    only(&node, VERSION)?;
+    let said = log(&node);
+    for words in ["beside-recvmsg4", "the programs of version"] {
+        ensure!(said.contains(words), "nothing about {words:?} in\n{said}");
+    }
+    pause();
+    for (exe, version) in [(&*this, VERSION), (next, VERSION + 1)] {
+        cluster.stop_agent(0)?;
+        cluster.use_agent(exe);
+        cluster.begin_agent(0)?;
+        cluster.wait_for_agent(0, PATIENCE)?;
+        only(&node, version)?;
     }
     pause();
     let last = Instant::now();

@@ -14,7 +14,7 @@ use super::sockets;
 use super::syscall::Update;
 use crate::cli::{RunArgs, SocketLb};
 use anyhow::{Context as _, Result};
-use aya::maps::{Array, Map};
+use aya::maps::{Array, Map, MapData};
 use aya::programs::SchedClassifier;
 use flows::Others;
 use layout::Layouts;
@@ -90,8 +90,11 @@ pub fn begin(pins: &Pins, args: &RunArgs, features: Features) -> Result<()> {
         pins.prepare_maps()?;
     }
     let result = take_over(&pins.of_version(old), pins, args, features, begun);
-    if result.is_err() && version_at(pins, Place::Front).is_none() {
-        let _ = pins.remove_maps();
+    if result.is_err() {
+        give_up(pins, features);
+        if version_at(pins, Place::Front).is_none() {
+            let _ = pins.remove_maps();
+        }
     }
     result.with_context(|| format!("take over from version {old}, whose programs go on"))
 }
@@ -118,10 +121,8 @@ fn take_over(old: &Pins, pins: &Pins, args: &RunArgs, features: Features, begun:
         }
     }
     // What the others masquerade from now on, and what we do, cannot meet, though neither knows the other's latest.
-    for (pins, half) in [(old, Half::Odd), (pins, Half::Even)] {
-        let mut ports = Array::try_from(Map::Array(maps::open(pins, "LB_PORTS")?))?;
-        ports::reserve_half(&mut ports, half)?;
-    }
+    ports::reserve_half(&mut reserved(old)?, Half::Odd)?;
+    ports::reserve_half(&mut reserved(pins)?, Half::Even)?;
     let attacher = programs::pin(&mut ebpf, pins, features, Place::Front)?;
     put_on_all_devices(pins, attacher)?;
     let mut flows = Copied::default();
@@ -162,6 +163,24 @@ fn take_over(old: &Pins, pins: &Pins, args: &RunArgs, features: Features, begun:
     Ok(())
 }
 
+fn reserved(pins: &Pins) -> Result<Array<MapData, u64>> {
+    Ok(Array::try_from(Map::Array(maps::open(pins, "LB_PORTS")?))?)
+}
+
+/// A start that took over from another version has failed: that one's programs go on, with what ours have learned.
+pub fn give_up(pins: &Pins, features: Features) {
+    let Some(old) = version_at(pins, Place::Main).filter(|version| *version != pins.version()) else {
+        return;
+    };
+    if version_at(pins, Place::Front) != Some(pins.version()) {
+        return;
+    }
+    match withdraw(pins, &pins.of_version(old), features) {
+        Ok(()) => warn!("the start failed: the programs of version {old} go on"),
+        Err(error) => warn!("the start failed; ours forward until the next one: {error:#}"),
+    }
+}
+
 /// Our programs are pinned as those that serve: puts them in the place of others, and removes what those had. Returns what
 /// attaches them from now on.
 ///
@@ -198,6 +217,7 @@ fn withdraw(front: &Pins, serving: &Pins, features: Features) -> Result<()> {
     let attacher = Attacher::open(&turn, serving, features.tcx)?.context("no programs are pinned")?;
     drop(turn);
     take_off_front(serving, attacher)?;
+    ports::reserve(&mut reserved(serving)?)?;
     front.remove_maps()
 }
 
