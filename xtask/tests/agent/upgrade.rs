@@ -145,6 +145,7 @@ fn a_start_that_fails_halfway_leaves_the_other_version_serving() -> Result<()> {
     cluster.begin_agent(0)?;
     let error = cluster.wait_for_agent(0, PATIENCE).err().context("it started nevertheless")?;
     ensure!(format!("{error:#}").contains("exit status: 1"), "{error:#}");
+    cluster.kill_agent(0);
     fs::remove_dir(&obstacle)?;
     only(&node, VERSION)?;
     let said = log(&node);
