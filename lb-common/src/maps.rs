@@ -5,7 +5,7 @@ use crate::addr::{Ip4, Ip6, NetPort};
 use bytemuck::{Pod, Zeroable};
 
 /// Version of all layouts here; part of the pin directory's name.
-pub const VERSION: u32 = if cfg!(feature = "layout-next") { 5 } else { 4 };
+pub const VERSION: u32 = if cfg!(feature = "layout-next") { 4 } else { 3 };
 
 /// What a family's address type has to know for the generic code.
 pub trait Addr: Pod + Eq + core::fmt::Debug + Default {

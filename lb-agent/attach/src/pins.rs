@@ -19,6 +19,7 @@ pub const DEFAULT_BPFFS: &str = "/sys/fs/bpf";
 const DEVICES: &str = "LB_DEVICE";
 const PROGRAMS: &str = "programs";
 const FRONT: &str = "front";
+const LINKS: &str = "links";
 
 /// Which programs.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -119,7 +120,8 @@ impl Pins {
             tracing::info!("mounted a BPF file system at {}", bpffs.display());
         }
         let pins = Self::at(bpffs);
-        for dir in [PROGRAMS, FRONT, "links"] {
+        move_in(&pins.root)?;
+        for dir in [PROGRAMS, FRONT, LINKS] {
             let dir = pins.root.join(dir);
             fs::create_dir_all(&dir).with_context(|| format!("create {}", dir.display()))?;
         }
@@ -129,7 +131,7 @@ impl Pins {
 
     /// Whether an agent has ever made them.
     pub fn exist(&self) -> bool {
-        self.root.join("links").is_dir()
+        self.root.join(LINKS).is_dir()
     }
 
     /// Pin of a map.
@@ -144,12 +146,12 @@ impl Pins {
 
     /// Pin of a link.
     pub fn link(&self, name: &str) -> PathBuf {
-        self.root.join("links").join(name)
+        self.root.join(LINKS).join(name)
     }
 
     /// Names of all pinned links.
     pub fn links(&self) -> Vec<String> {
-        let Ok(dir) = fs::read_dir(self.root.join("links")) else { return Vec::new() };
+        let Ok(dir) = fs::read_dir(self.root.join(LINKS)) else { return Vec::new() };
         dir.flatten().filter_map(|entry| entry.file_name().into_string().ok()).collect()
     }
 
@@ -163,7 +165,7 @@ impl Pins {
     }
 
     fn lock_within(&self, patience: Duration) -> Result<Turn> {
-        let path = self.root.join("links");
+        let path = self.root.join(LINKS);
         let dir = File::open(&path).with_context(|| format!("open {}", path.display()))?;
         let (sender, receiver) = mpsc::channel();
         // A wait that can be given up, yet keeps its place in the queue.
@@ -182,6 +184,19 @@ impl Pins {
     pub fn root(&self) -> &Path {
         &self.root
     }
+}
+
+/// Pins of the time when every version had all of its own, the last of which was 3: what is everybody's now is brought to
+/// where it is now. What is attached stays so. A start that ended in the middle of it is gone on with by the next.
+fn move_in(root: &Path) -> Result<()> {
+    let before = root.join("v3");
+    for (from, to) in [("maps/LB_DEVICE", "devices"), (PROGRAMS, PROGRAMS), (LINKS, LINKS)] {
+        let (from, to) = (before.join(from), root.join(to));
+        if from.exists() && !to.exists() {
+            fs::rename(&from, &to).with_context(|| format!("move {} to {}", from.display(), to.display()))?;
+        }
+    }
+    Ok(())
 }
 
 /// Somebody else does not stop changing what is attached.
@@ -203,6 +218,30 @@ fn is_bpffs(dir: &Path) -> Result<bool> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn what_was_a_versions_is_everybodys() {
+        let dir = tempfile::tempdir().unwrap();
+        let (root, pins) = (dir.path().join("lb"), Pins::at(dir.path()));
+        let old = root.join("v3");
+        for file in ["maps/LB_FLOW4", "maps/LB_DEVICE", "programs/ingress", "links/7-ingress"] {
+            fs::create_dir_all(old.join(file).parent().unwrap()).unwrap();
+            fs::write(old.join(file), file).unwrap();
+        }
+        // The second time, there is nothing to do.
+        for _ in 0..2 {
+            move_in(&root).unwrap();
+            let pins = pins.of_version(3);
+            for (pin, was) in [
+                (pins.map("LB_FLOW4"), "maps/LB_FLOW4"),
+                (pins.map(DEVICES), "maps/LB_DEVICE"),
+                (pins.program(Place::Main, "ingress"), "programs/ingress"),
+                (pins.link("7-ingress"), "links/7-ingress"),
+            ] {
+                assert_eq!(fs::read_to_string(pin).unwrap(), was);
+            }
+        }
+    }
 
     #[test]
     fn one_after_the_other() {
