@@ -104,6 +104,12 @@ pub struct RunArgs {
     #[arg(long, value_name = "WHEN", env = "LB_BRIDGE_SHORTCUT", default_value = "auto")]
     pub bridge_shortcut: BridgeShortcut,
 
+    /// Send established flows that only pass through this node on from driver to driver (XDP): off; auto: on uplinks
+    /// whose driver can, veths excepted; native: on veths, too; generic: on all, by the kernel in the drivers' place, which
+    /// is slower
+    #[arg(long, value_name = "WHERE", env = "LB_XDP", default_value = "off")]
+    pub xdp: XdpArg,
+
     /// Uplinks and overlays, as glob patterns [default: all but loopback and pods' devices]
     #[arg(long, value_name = "PATTERNS", env = "LB_DEVICES", default_value = "", hide_default_value = true)]
     pub devices: PatternList,
@@ -165,6 +171,19 @@ pub struct RunArgs {
     /// Timeouts of flows. Last, because clap puts under its heading whatever follows.
     #[command(flatten)]
     pub conntrack: ConntrackArgs,
+}
+
+/// Where the XDP program is attached.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum XdpArg {
+    /// Nowhere.
+    Off,
+    /// On uplinks whose driver runs XDP programs itself, unless they are veths.
+    Auto,
+    /// On all uplinks whose driver runs XDP programs itself.
+    Native,
+    /// On all uplinks, by the kernel after the driver.
+    Generic,
 }
 
 /// Whose sockets are translated at `connect` and `sendmsg`.

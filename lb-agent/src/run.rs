@@ -28,7 +28,6 @@ use crate::store::Change;
 use crate::sync::{self, Reports};
 use anyhow::{Context as _, Result, anyhow};
 use ipnet::IpNet;
-use lb_attach::attach::Attacher;
 use lb_common::datapath::Reason;
 use lb_common::maps::stance;
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
@@ -115,11 +114,13 @@ async fn serve(
     }
     programs::pin(&mut ebpf, &pins, features, Place::Main)?;
     let attacher = upgrade::finish(&pins, features)?;
+    let xdp = programs::pin_xdp(&mut ebpf, &pins, &args);
     // What is attached and pinned stays; the rest is memory.
     drop(ebpf);
     memory::give_back();
     let writer = Beside::new(writer, Guard::start(&pins)?);
-    let devices = follow_devices(&args, attacher, pins, events.clone(), device_stats);
+    let devices =
+        follow_devices(Devices::new(attacher, xdp, pins, args.clone(), device_stats), events.clone());
     keep_plugin(&args)?;
     let source = source.start(node_name, events);
     let sync = tokio::spawn(sync::run(args.desired(), receiver, writer, reports));
@@ -221,14 +222,7 @@ fn report(args: &RunArgs, node_name: &str, reports: Reports) {
 
 type Task = tokio::task::JoinHandle<Result<()>>;
 
-fn follow_devices(
-    args: &RunArgs,
-    attacher: Attacher,
-    pins: Pins,
-    events: source::Sender,
-    stats: devices::Stats,
-) -> Task {
-    let devices = Devices::new(attacher, pins, args.clone(), stats);
+fn follow_devices(devices: Devices, events: source::Sender) -> Task {
     let (sender, mut addresses) = mpsc::channel(1);
     tokio::spawn(async move {
         while let Some(local) = addresses.recv().await {

@@ -48,6 +48,23 @@ pub struct Ip4(u32);
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, Pod, Zeroable)]
 pub struct Ip6(u64, u64);
 
+/// An Ethernet address. Three words: BPF loads are as wide as the alignment.
+#[repr(transparent)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, Pod, Zeroable)]
+pub struct Mac([u16; 3]);
+
+impl From<[u8; 6]> for Mac {
+    fn from(bytes: [u8; 6]) -> Self {
+        bytemuck::cast(bytes)
+    }
+}
+
+impl From<Mac> for [u8; 6] {
+    fn from(mac: Mac) -> Self {
+        bytemuck::cast(mac.0)
+    }
+}
+
 impl Ip4 {
     /// From the four bytes of the wire, read as a native integer.
     #[inline(always)]

@@ -1,7 +1,7 @@
 //! Keys and values of the BPF maps. Pinned maps outlive the process that made them: a change of a layout is a
 //! change of [`VERSION`], and the size assertions at the end make it a deliberate one.
 
-use crate::addr::{Ip4, Ip6, NetPort};
+use crate::addr::{Ip4, Ip6, Mac, NetPort};
 use bytemuck::{Pod, Zeroable};
 
 /// Version of all layouts here; part of the pin directory's name.
@@ -18,6 +18,8 @@ pub trait Addr: Pod + Eq + core::fmt::Debug + Default {
 
     /// The one's-complement difference between two addresses.
     fn diff(old: Self, new: Self) -> crate::checksum::Sum;
+    /// The sum of the address's words, unfolded.
+    fn sum(self) -> u64;
     /// The address's words, mixed into a hash.
     fn mix(self, hash: u32) -> u32;
     /// This device's address to masquerade to.
@@ -583,6 +585,80 @@ impl Device {
     }
 }
 
+/// What XDP has to know of a device. It is in the place that [`XdpDevice::place`] says.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Pod, Zeroable)]
+pub struct XdpDevice {
+    /// Its index; zero where the place is free.
+    pub index: u32,
+    /// The constants below.
+    pub flags: u32,
+    /// Its Ethernet address.
+    pub mac: Mac,
+    /// An overlay's UDP port.
+    pub port: NetPort,
+    /// The overlay device whose packets come in here in IPv4, zero for none.
+    pub overlay4: u32,
+    /// The same in IPv6.
+    pub overlay6: u32,
+    /// An overlay's identifier, as in the header of its packets.
+    pub vni: u32,
+    /// Until when this may be relied on: seconds of the kernel's monotonic clock.
+    pub until: u32,
+    /// Index of the device that an overlay's packets have to leave by, zero for any.
+    pub link: u32,
+    /// The first of the UDP ports that an overlay's packets leave from, host order.
+    pub first_port: u16,
+    /// How many there are.
+    pub ports: u16,
+    /// An overlay's own address, mapped.
+    pub local: Ip6,
+    /// Time to live of an overlay's packets.
+    pub ttl: u8,
+    /// Always zero.
+    pub pad: [u8; 7],
+}
+
+impl XdpDevice {
+    /// Size of the table.
+    pub const PLACES: u32 = 256;
+    /// It sends packets back to where they came from.
+    pub const TX: u32 = 1;
+    /// It takes packets that are redirected to it.
+    pub const REDIRECT: u32 = 2;
+    /// An overlay: packets for it have to be wrapped.
+    pub const OVERLAY: u32 = 4;
+    /// An overlay whose UDP packets have checksums.
+    pub const CHECKSUM: u32 = 8;
+    /// The longest that [`XdpDevice::until`] may be ahead, in seconds.
+    pub const FRESH: u32 = 120;
+
+    /// Where a device is. Two that would share a place cannot both be in the table.
+    #[inline(always)]
+    pub const fn place(index: u32) -> u32 {
+        index % Self::PLACES
+    }
+
+    /// Whether a packet that came in by that device can leave by this one at the driver.
+    #[inline(always)]
+    pub const fn sends(&self, arrival: u32) -> bool {
+        let ways = if self.index == arrival { Self::TX | Self::REDIRECT } else { Self::REDIRECT };
+        self.flags & ways != 0
+    }
+}
+
+/// Key of the table of where an overlay device sends what is for an Ethernet address.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, Pod, Zeroable)]
+pub struct VtepKey {
+    /// Index of the device.
+    pub device: u32,
+    /// The next hop's Ethernet address.
+    pub mac: Mac,
+    /// Always zero.
+    pub pad: u16,
+}
+
 /// Key data of the CIDR trie is the address; these are its values' bits.
 pub mod cidr {
     /// Pods of the cluster.
@@ -679,6 +755,11 @@ impl Addr for Ip4 {
     }
 
     #[inline(always)]
+    fn sum(self) -> u64 {
+        u64::from(self.wire())
+    }
+
+    #[inline(always)]
     fn mix(self, hash: u32) -> u32 {
         mix_word(hash, self.wire())
     }
@@ -726,6 +807,12 @@ impl Addr for Ip6 {
         let halves = |w: u64| (w & 0xffff_ffff) + (w >> 32);
         let sum = halves(!o1) + halves(!o2) + halves(n1) + halves(n2);
         crate::checksum::Sum(sum as u32).plus(crate::checksum::Sum((sum >> 32) as u32))
+    }
+
+    #[inline(always)]
+    fn sum(self) -> u64 {
+        let (a, b) = self.wire();
+        (a & 0xffff_ffff) + (a >> 32) + (b & 0xffff_ffff) + (b >> 32)
     }
 
     #[inline(always)]
@@ -837,6 +924,8 @@ aya_pod!(
     AffinityKey,
     Affinity,
     Fragment,
+    XdpDevice,
+    VtepKey,
     Ip4,
     Ip6
 );
@@ -849,6 +938,7 @@ const _: () = {
     assert!(size_of::<SourceKey<Ip4>>() == 8 && size_of::<SourceKey<Ip6>>() == 20);
     assert!(size_of::<Held>() == 2048);
     assert!(size_of::<AffinityKey>() == 24 && size_of::<Affinity>() == 32);
+    assert!(size_of::<XdpDevice>() == 64 && size_of::<VtepKey>() == 12);
     assert!(size_of::<SocketKey>() == 32);
     assert!(size_of::<SocketPeer>() == 32);
     assert!(

@@ -5,6 +5,7 @@
 //! - `next_hop`: the bridge short-cut.
 //! - `sockets`: the cgroup hooks for host processes.
 //! - `tables`: the maps.
+//! - `xdp`: the accelerator for traffic that only passes through.
 #![cfg_attr(target_arch = "bpf", no_std, no_main)]
 
 #[cfg(target_arch = "bpf")]
@@ -17,6 +18,8 @@ mod sockets;
 mod tables;
 #[cfg(target_arch = "bpf")]
 mod tc;
+#[cfg(target_arch = "bpf")]
+mod xdp;
 
 #[cfg(target_arch = "bpf")]
 #[panic_handler]

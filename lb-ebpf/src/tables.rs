@@ -5,11 +5,12 @@ use aya_ebpf::bindings::BPF_F_NO_PREALLOC;
 use aya_ebpf::helpers::generated as helpers;
 use aya_ebpf::macros::map;
 use aya_ebpf::maps::{Array, HashMap, LpmTrie, LruHashMap, PerCpuArray};
+use core::ptr::NonNull;
 use lb_common::addr::{Ip4, Ip6};
-use lb_common::datapath::{Reason, Taken};
+use lb_common::datapath::{FlowRef, Put, PutError, Reason, Taken};
 use lb_common::maps::{
     Addr, Affinity, AffinityKey, Device, Flow, FlowKey, Fragment, FragmentKey, Frontend, FrontendKey, Held,
-    Range, ServiceName, SlotGroup, SlotGroupKey, SocketKey, SocketPeer, SourceKey, flags,
+    Range, ServiceName, SlotGroup, SlotGroupKey, SocketKey, SocketPeer, SourceKey, VtepKey, XdpDevice, flags,
 };
 
 // Written by the loader before the programs are verified, constant from then on.
@@ -88,6 +89,12 @@ pub(crate) static LB_EPOCH: Array<u32> = Array::with_max_entries(1 << 17, 0);
 /// By interface index.
 #[map]
 pub(crate) static LB_DEVICE: HashMap<u32, Device> = HashMap::with_max_entries(4096, BPF_F_NO_PREALLOC);
+/// What XDP has to know of devices: see `XdpDevice::place`.
+#[map]
+pub(crate) static LB_XDP: Array<XdpDevice> = Array::with_max_entries(XdpDevice::PLACES, 0);
+/// Where overlays send what is for an Ethernet address; mapped.
+#[map]
+pub(crate) static LB_VTEP: HashMap<VtepKey, Ip6> = HashMap::with_max_entries(1 << 14, BPF_F_NO_PREALLOC);
 /// One bit a port: not to masquerade to.
 #[map]
 pub(crate) static LB_PORTS: Array<u64> = Array::with_max_entries(1024, 0);
@@ -205,7 +212,26 @@ maps!(
     Ip6, 36, LB_FLOW6, LB_FRONT6, LB_SLOT6, LB_CIDR6, LB_SOURCE6, LB_RANGE6, LB_FRAG6, LB_DRAFT6, LB_RECENT6
 );
 
-// What both kinds of programs ask.
+// What more than one kind of programs ask.
+
+#[inline(always)]
+pub(crate) fn flow<'a, A: Maps>(key: &FlowKey<A>) -> Option<FlowRef<'a, A>> {
+    // SAFETY: map values outlive the program's run (RCU), also when removed meanwhile.
+    A::flows().get_ptr_mut(key).and_then(NonNull::new).map(|at| unsafe { FlowRef::new(at) })
+}
+
+#[inline(always)]
+pub(crate) fn put_flow<A: Maps>(key: &FlowKey<A>, flow: &Flow<A>, how: Put) -> Result<(), PutError> {
+    let flags = match how {
+        Put::New => aya_ebpf::bindings::BPF_NOEXIST,
+        Put::Any => aya_ebpf::bindings::BPF_ANY,
+    };
+    const EEXIST: i32 = -17;
+    A::flows().insert(key, flow, u64::from(flags)).map_err(|e| match e {
+        EEXIST => PutError::Taken,
+        _ => PutError::Full,
+    })
+}
 
 #[inline(always)]
 pub(crate) fn frontend<A: Maps>(key: &FrontendKey<A>) -> Option<&'static Frontend> {

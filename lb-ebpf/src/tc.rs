@@ -19,7 +19,8 @@ use core::ptr::NonNull;
 use lb_common::addr::{Ip4, Ip6};
 use lb_common::checksum::Sum;
 use lb_common::datapath::{
-    self, Covered, FlowRef, Kernel, Packet, Put, PutError, Reason, Reshape, Tables, Taken, Verdict, Wire,
+    self, Context, Covered, FlowRef, Flows, Kernel, Packet, Put, PutError, Reason, Reshape, Tables, Taken,
+    Verdict, Wire,
 };
 use lb_common::maps::{
     Addr, Affinity, AffinityKey, Device, Flow, FlowKey, Fragment, FragmentKey, Frontend, FrontendKey, Range,
@@ -271,6 +272,35 @@ fn check(result: i64) -> Result<(), Reason> {
 #[derive(Clone, Copy)]
 struct Around(*mut __sk_buff);
 
+impl Context for Around {
+    #[inline(always)]
+    fn now(&self) -> u32 {
+        tables::now()
+    }
+
+    #[inline(always)]
+    fn count(&self, reason: Reason) {
+        tables::count(reason);
+    }
+
+    #[inline(always)]
+    fn backend_epoch(&self, id: u32) -> u32 {
+        tables::backend_epoch(id)
+    }
+}
+
+impl<A: Maps> Flows<A> for Around {
+    #[inline(always)]
+    fn flow(&self, key: &FlowKey<A>) -> Option<FlowRef<'_, A>> {
+        tables::flow(key)
+    }
+
+    #[inline(always)]
+    fn put_flow(&self, key: &FlowKey<A>, flow: &Flow<A>, how: Put) -> Result<(), PutError> {
+        tables::put_flow(key, flow, how)
+    }
+}
+
 impl Kernel for Around {
     #[inline(always)]
     fn stance(&self) -> u32 {
@@ -288,11 +318,6 @@ impl Kernel for Around {
     }
 
     #[inline(always)]
-    fn now(&self) -> u32 {
-        tables::now()
-    }
-
-    #[inline(always)]
     fn device(&self) -> Option<&Device> {
         // SAFETY: without preallocation an element is never reused under a reader.
         unsafe { LB_DEVICE.get(self.device_index()) }
@@ -302,16 +327,6 @@ impl Kernel for Around {
     fn device_index(&self) -> u32 {
         // SAFETY: the context is valid.
         unsafe { (*self.0).ifindex }
-    }
-
-    #[inline(always)]
-    fn count(&self, reason: Reason) {
-        tables::count(reason);
-    }
-
-    #[inline(always)]
-    fn backend_epoch(&self, id: u32) -> u32 {
-        tables::backend_epoch(id)
     }
 
     #[inline(always)]
@@ -367,12 +382,6 @@ impl Kernel for Around {
 
 impl<A: Maps> Tables<A> for Around {
     #[inline(always)]
-    fn flow(&self, key: &FlowKey<A>) -> Option<FlowRef<'_, A>> {
-        // SAFETY: map values outlive the program's run (RCU), also when removed meanwhile.
-        A::flows().get_ptr_mut(key).and_then(NonNull::new).map(|at| unsafe { FlowRef::new(at) })
-    }
-
-    #[inline(always)]
     fn draft(&self) -> Option<FlowRef<'_, A>> {
         // SAFETY: this CPU's own, and no program of ours interrupts another.
         A::draft().get_ptr_mut(0).and_then(NonNull::new).map(|at| unsafe { FlowRef::new(at) })
@@ -394,19 +403,6 @@ impl<A: Maps> Tables<A> for Around {
     fn old_flow(&self, after: u32) -> Option<&FlowKey<A>> {
         let begun = LB_BEGUN.get(u32::from(!A::IS_V4))?;
         A::recent().get(begun.wrapping_add(after) % RECENT)
-    }
-
-    #[inline(always)]
-    fn put_flow(&self, key: &FlowKey<A>, flow: &Flow<A>, how: Put) -> Result<(), PutError> {
-        let flags = match how {
-            Put::New => aya_ebpf::bindings::BPF_NOEXIST,
-            Put::Any => aya_ebpf::bindings::BPF_ANY,
-        };
-        const EEXIST: i32 = -17;
-        A::flows().insert(key, flow, u64::from(flags)).map_err(|e| match e {
-            EEXIST => PutError::Taken,
-            _ => PutError::Full,
-        })
     }
 
     #[inline(always)]

@@ -6,7 +6,7 @@ use crate::{clsact, tcx};
 use anyhow::{Context as _, Result};
 use aya::maps::{HashMap, Map, MapData};
 use aya::programs::tc::TcAttachType;
-use aya::programs::{ProgramError, SchedClassifier};
+use aya::programs::{Program, ProgramError, SchedClassifier};
 use aya::sys::SyscallError;
 use lb_common::maps::Device;
 use std::collections::BTreeSet;
@@ -52,16 +52,10 @@ pub fn has_tcx() -> bool {
 ///
 /// # Errors
 /// If the kernel refuses.
-pub fn pin_program(
-    _turn: &Turn,
-    pins: &Pins,
-    place: Place,
-    hook: Hook,
-    program: &mut SchedClassifier,
-) -> Result<()> {
-    let pin = pins.program(place, hook.program());
+pub fn pin_program(_turn: &Turn, pins: &Pins, place: Place, name: &str, program: &mut Program) -> Result<()> {
+    let pin = pins.program(place, name);
     // Names with dots are the kernel's own.
-    let aside = pins.program(place, &format!("{}-new", hook.program()));
+    let aside = pins.program(place, &format!("{name}-new"));
     remove(&aside)?;
     program.pin(&aside).with_context(|| format!("pin the program at {}", aside.display()))?;
     fs::rename(&aside, &pin).with_context(|| format!("rename {} to {}", aside.display(), pin.display()))
@@ -224,7 +218,10 @@ pub fn detach_filters(device: &str) {
 }
 
 /// Removes a pin, which need not be there.
-pub(crate) fn remove(pin: &Path) -> Result<()> {
+///
+/// # Errors
+/// If the kernel refuses.
+pub fn remove(pin: &Path) -> Result<()> {
     match fs::remove_file(pin) {
         Err(e) if e.kind() != ErrorKind::NotFound => {
             Err(e).with_context(|| format!("remove the pin {}", pin.display()))

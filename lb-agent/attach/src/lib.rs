@@ -5,6 +5,7 @@
 //!   devices. - [`snapshot`]: devices and addresses as the kernel has them. - [`netlink`], [`syscall`]: how
 //!   it is asked.
 //! - [`records`]: what the plugin remembers of pods.
+//! - [`vxlan`]: how an overlay wraps packets.
 
 pub mod attach;
 mod clsact;
@@ -14,3 +15,4 @@ pub mod records;
 pub mod snapshot;
 pub mod syscall;
 mod tcx;
+pub mod vxlan;

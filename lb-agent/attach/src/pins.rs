@@ -7,6 +7,7 @@
 use anyhow::{Context as _, Result, bail};
 use nix::mount::{MsFlags, mount};
 use nix::sys::statfs::{BPF_FS_MAGIC, statfs};
+use std::collections::BTreeSet;
 use std::fs::{self, File};
 use std::path::{Path, PathBuf};
 use std::sync::mpsc;
@@ -39,6 +40,8 @@ impl Place {
         }
     }
 }
+/// What the names of XDP's links begin with.
+const XDP: &str = "xdp-";
 
 /// How long to wait for those who attach or take off programs at the moment: each takes milliseconds, but on a machine
 /// that is overloaded, where the kernel's own waits (RCU) take seconds, and many pods start at once.
@@ -155,6 +158,16 @@ impl Pins {
         dir.flatten().filter_map(|entry| entry.file_name().into_string().ok()).collect()
     }
 
+    /// Pin of the link that holds the XDP program on a device.
+    pub fn xdp(&self, index: u32) -> PathBuf {
+        self.link(&format!("{XDP}{index}"))
+    }
+
+    /// Indexes of the devices that have such a pin.
+    pub fn with_xdp(&self) -> BTreeSet<u32> {
+        self.links().iter().filter_map(|name| name.strip_prefix(XDP)?.parse().ok()).collect()
+    }
+
     /// Waits for our turn to attach programs, take them off, or pin others. The agent and every plugin do it one after
     /// the other, so that a device that two of them see at once has each program once.
     ///
@@ -241,6 +254,18 @@ mod tests {
                 assert_eq!(fs::read_to_string(pin).unwrap(), was);
             }
         }
+    }
+
+    #[test]
+    fn xdp_links() {
+        let dir = tempfile::tempdir().unwrap();
+        let pins = Pins::at(dir.path());
+        assert!(pins.with_xdp().is_empty(), "there are no pins");
+        fs::create_dir_all(pins.link("")).unwrap();
+        for pin in [pins.xdp(7), pins.link("tc-7-ingress")] {
+            fs::write(pin, "").unwrap();
+        }
+        assert_eq!(pins.with_xdp(), [7].into());
     }
 
     #[test]

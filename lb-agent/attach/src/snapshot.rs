@@ -1,11 +1,14 @@
 //! Devices and addresses as the kernel has them now.
 
 use crate::netlink::Netlink;
+use crate::vxlan::Vxlan;
 use anyhow::{Context as _, Result, anyhow};
 use lb_common::maps::Device;
 use netlink_packet_core::{NLM_F_ACK, NLM_F_DUMP};
 use netlink_packet_route::address::{AddressAttribute, AddressMessage, AddressScope};
-use netlink_packet_route::link::{LinkAttribute, LinkFlags, LinkInfo, LinkLayerType, LinkMessage};
+use netlink_packet_route::link::{
+    InfoData, LinkAttribute, LinkFlags, LinkInfo, LinkLayerType, LinkMessage, LinkXdp, XdpAttached,
+};
 use netlink_packet_route::nsid::{NsidAttribute, NsidMessage};
 use netlink_packet_route::route::{RouteAddress, RouteAttribute, RouteMessage};
 use netlink_packet_route::{AddressFamily, RouteNetlinkMessage};
@@ -41,6 +44,21 @@ pub struct Link {
     pub peer_netns: Option<i32>,
     /// Its hardware address.
     pub mac: Vec<u8>,
+    /// Whether it is up.
+    pub up: bool,
+    /// The XDP program on it.
+    pub xdp: Option<XdpProgram>,
+    /// How it wraps packets, if it is a vxlan device.
+    pub vxlan: Option<Vxlan>,
+}
+
+/// An XDP program on a device.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct XdpProgram {
+    /// Its id.
+    pub id: u32,
+    /// Whether the kernel runs it in the driver's place.
+    pub generic: bool,
 }
 
 /// An address of a device.
@@ -228,7 +246,7 @@ pub fn source(to: IpAddr) -> Result<Option<IpAddr>> {
     }
 }
 
-fn list<T>(
+pub(crate) fn list<T>(
     netlink: &Netlink,
     question: RouteNetlinkMessage,
     wanted: impl Fn(RouteNetlinkMessage) -> Option<T>,
@@ -285,6 +303,7 @@ fn link(message: LinkMessage) -> Link {
         index: message.header.index,
         loopback: message.header.flags.contains(LinkFlags::Loopback),
         ethernet: message.header.link_layer_type == LinkLayerType::Ether,
+        up: message.header.flags.contains(LinkFlags::Up),
         ..Link::default()
     };
     for attribute in message.attributes {
@@ -294,10 +313,19 @@ fn link(message: LinkMessage) -> Link {
             LinkAttribute::Link(index) => link.peer = Some(index),
             LinkAttribute::LinkNetNsId(id) => link.peer_netns = Some(id),
             LinkAttribute::Address(address) => link.mac = address,
+            LinkAttribute::Xdp(all) => {
+                let generic = all.contains(&LinkXdp::Attached(XdpAttached::SocketBuffer));
+                link.xdp = all.iter().find_map(|xdp| match xdp {
+                    LinkXdp::ProgId(id) => Some(XdpProgram { id: *id, generic }),
+                    _ => None,
+                });
+            }
             LinkAttribute::LinkInfo(infos) => {
                 for info in infos {
-                    if let LinkInfo::Kind(kind) = info {
-                        link.kind = Some(kind.to_string());
+                    match info {
+                        LinkInfo::Kind(kind) => link.kind = Some(kind.to_string()),
+                        LinkInfo::Data(InfoData::Vxlan(data)) => link.vxlan = Some(Vxlan::new(&data)),
+                        _ => {}
                     }
                 }
             }

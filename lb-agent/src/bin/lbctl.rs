@@ -149,13 +149,14 @@ fn show_status(s: &Status) -> String {
         "agent         {agent}\npins          {}\nsocket hooks  {hooks}\nfrontends     {}\nflows         {} ({} entries)\n\n",
         s.pins, s.frontends, s.flows, s.flow_entries
     );
-    let mut devices = table(["DEVICE", "ROLE", "POD", "MASQUERADES PODS", "TO"]);
+    let mut devices = table(["DEVICE", "ROLE", "POD", "MASQUERADES PODS", "XDP", "TO"]);
     for d in &s.devices {
         devices.add_row([
             d.name.clone().unwrap_or_else(|| format!("#{} (in another namespace)", d.index)),
             d.role.into(),
             d.pod.as_ref().map_or_else(String::new, pod),
             if d.masquerade { "yes" } else { "no" }.into(),
+            d.xdp.unwrap_or("off").into(),
             d.masquerade_to.join(" "),
         ]);
     }

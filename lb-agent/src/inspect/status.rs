@@ -2,8 +2,10 @@
 
 use crate::kernel::pins::Pins;
 use crate::kernel::tables::Tables;
+use crate::kernel::xdp;
 use anyhow::{Context as _, Result};
 use lb_attach::records::Records;
+use lb_attach::snapshot::Snapshot;
 use lb_common::datapath::Reason;
 use lb_common::maps::{Device as Entry, Side};
 use serde::Serialize;
@@ -49,6 +51,8 @@ pub struct Device {
     pub masquerade: bool,
     /// What flows are masqueraded to.
     pub masquerade_to: Vec<String>,
+    /// How XDP sends on what only passes through: `native` (by the driver) or `generic`; nothing where it does not.
+    pub xdp: Option<&'static str>,
 }
 
 /// What the CNI plugin has written down of a pod.
@@ -66,7 +70,7 @@ pub struct Pod {
 /// If a map cannot be read.
 pub fn status(pins: &Pins, records: &Records, tables: &Tables) -> Result<Status> {
     let mut pods = pods(records)?;
-    let mut devices = Vec::new();
+    let (mut devices, snapshot) = (Vec::new(), Snapshot::take()?);
     for entry in tables.devices.iter() {
         let (index, device) = entry.context("read the device table")?;
         let mut to = Vec::new();
@@ -86,6 +90,7 @@ pub fn status(pins: &Pins, records: &Records, tables: &Tables) -> Result<Status>
             role: if device.flags & Entry::POD != 0 { "pod" } else { "node" },
             masquerade: device.flags & Entry::MASQUERADE != 0,
             masquerade_to: to,
+            xdp: snapshot.link(index).and_then(|link| xdp::mode(pins, link)),
         });
     }
     devices.sort_by_key(|d| d.index);

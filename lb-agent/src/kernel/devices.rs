@@ -7,6 +7,7 @@ mod stats;
 pub use stats::Stats;
 
 use super::pins::Pins;
+use super::xdp::Xdp;
 use crate::cli::{BridgeShortcut, RunArgs};
 use crate::store::LocalAddresses;
 use anyhow::{Context as _, Result};
@@ -15,6 +16,8 @@ use futures::StreamExt as _;
 use lb_attach::attach::{Attacher, Hook};
 use lb_attach::snapshot::{Link, Snapshot};
 use lb_common::maps::Device as Entry;
+use netlink_packet_core::{NetlinkMessage, NetlinkPayload};
+use rtnetlink::packet_route::{AddressFamily, RouteNetlinkMessage};
 use rtnetlink::{MulticastGroup, new_multicast_connection};
 use stats::Counts;
 use std::collections::{BTreeMap, BTreeSet};
@@ -37,6 +40,7 @@ const NETFILTER: Duration = Duration::from_secs(1);
 /// The device manager.
 pub struct Devices {
     attacher: Attacher,
+    xdp: Option<Xdp>,
     pins: Pins,
     args: RunArgs,
     attached: BTreeMap<u32, (String, Entry)>,
@@ -47,8 +51,8 @@ pub struct Devices {
 
 impl Devices {
     /// A manager that attaches what is pinned, and keeps `stats` of it.
-    pub fn new(attacher: Attacher, pins: Pins, args: RunArgs, stats: Stats) -> Self {
-        Self { attacher, pins, args, attached: BTreeMap::new(), looked: None, stats }
+    pub fn new(attacher: Attacher, xdp: Option<Xdp>, pins: Pins, args: RunArgs, stats: Stats) -> Self {
+        Self { attacher, xdp, pins, args, attached: BTreeMap::new(), looked: None, stats }
     }
 
     /// Follows the devices until the receiver of the addresses is gone.
@@ -56,7 +60,10 @@ impl Devices {
     /// # Errors
     /// If netlink cannot be used at all.
     pub async fn run(mut self, addresses: Sender<LocalAddresses>) -> Result<()> {
-        let groups = [MulticastGroup::Link, MulticastGroup::Ipv4Ifaddr, MulticastGroup::Ipv6Ifaddr];
+        let mut groups = vec![MulticastGroup::Link, MulticastGroup::Ipv4Ifaddr, MulticastGroup::Ipv6Ifaddr];
+        if self.xdp.is_some() {
+            groups.push(MulticastGroup::Neigh);
+        }
         let (connection, _, mut messages) =
             new_multicast_connection(&groups).context("listen to the kernel's news of devices (netlink)")?;
         tokio::spawn(connection);
@@ -85,12 +92,13 @@ impl Devices {
                 }
             }
             let due = Instant::now() + due;
+            let overlays = self.xdp.as_ref().map(Xdp::overlays).unwrap_or_default();
             while Instant::now() < due && short_cut == self.short_cut() {
                 let rest = due.saturating_duration_since(Instant::now());
                 match tokio::time::timeout(rest.min(NETFILTER), messages.next()).await {
                     Ok(None) => return Err(anyhow::anyhow!("netlink has closed the connection")),
-                    Ok(Some(_)) => break,
-                    Err(_) => {}
+                    Ok(Some((message, _))) if is_news(&message, &overlays) => break,
+                    Ok(Some(_)) | Err(_) => {}
                 }
             }
             tokio::time::sleep(SETTLE).await;
@@ -125,6 +133,15 @@ impl Devices {
         let served = if look { &served | &known } else { known };
         for index in served.into_iter().filter(|index| !wanted.contains_key(index)) {
             self.take_off(index, snapshot.link(index));
+        }
+        if let Some(xdp) = &mut self.xdp {
+            let of = |wanted_role| -> Vec<&Link> {
+                let links = wanted.values().filter(|(_, role)| *role == wanted_role);
+                links.map(|(link, _)| *link).collect()
+            };
+            if let Err(error) = xdp.round(&snapshot, &of(Role::Uplink), &of(Role::Overlay)) {
+                warn!("XDP: {error:#}; trying again");
+            }
         }
         if look {
             self.looked = Some(Instant::now());
@@ -198,6 +215,17 @@ impl Devices {
             }
             Err(error) => warn!("{name}: {error:#}"),
         }
+    }
+}
+
+/// Whether a message is a reason to look. Neighbours come and go all the time: only what overlays know of other nodes
+/// matters.
+fn is_news(message: &NetlinkMessage<RouteNetlinkMessage>, overlays: &BTreeSet<u32>) -> bool {
+    match &message.payload {
+        NetlinkPayload::InnerMessage(
+            RouteNetlinkMessage::NewNeighbour(entry) | RouteNetlinkMessage::DelNeighbour(entry),
+        ) => entry.header.family == AddressFamily::Bridge && overlays.contains(&entry.header.ifindex),
+        _ => true,
     }
 }
 

@@ -7,7 +7,8 @@
 //! - [`writer`]: writes what [`crate::desired`] wants. - [`sweep`]: ends flows that have timed out.
 //! - [`upgrade`]: takes over from another version. - [`leave`]: goes without cutting connections.
 //! - [`destroy`]: ends connected UDP sockets whose backend is gone. - [`foreign`]: leaves to netfilter what it translated
-//!   before we came. - [`netfilter`]: its connections and rules. - [`node_mounts`]: file systems, from inside a container
+//!   before we came. - [`netfilter`]: its connections and rules. - [`xdp`]: the accelerator for traffic that only passes
+//!   through. - [`node_mounts`]: file systems, from inside a container
 //!   too. - [`remove`]: takes it all away.
 
 pub mod destroy;
@@ -31,5 +32,6 @@ pub mod tables;
 pub(crate) mod testing;
 pub mod upgrade;
 pub mod writer;
+pub mod xdp;
 
 pub use lb_attach::pins;

@@ -2,13 +2,15 @@
 
 use super::pins::{Pins, Place};
 use super::upgrade;
-use crate::cli::{RunArgs, SocketLb};
+use super::xdp;
+use crate::cli::{RunArgs, SocketLb, XdpArg};
 use anyhow::{Context as _, Result, anyhow, bail};
 use aya::maps::MapInfo;
-use aya::programs::{ProgramType, SchedClassifier};
+use aya::programs::{Program, ProgramError, ProgramType, SchedClassifier, Xdp};
 use aya::sys::{BpfHelper, is_helper_supported, is_program_supported};
 use aya::util::nr_cpus;
 use aya::{Ebpf, EbpfLoader};
+use aya_obj::programs::XdpAttachType;
 use lb_attach::attach::{self, Attacher, Hook};
 use lb_common::maps::{Held, flags};
 use std::os::fd::AsRawFd as _;
@@ -20,7 +22,7 @@ use tracing::warn;
 pub(crate) static OBJECT: &[u8] = aya::include_bytes_aligned!(concat!(env!("OUT_DIR"), "/lb-ebpf.o"));
 
 /// Every map of the object, all pinned.
-pub(crate) const MAPS: [&str; 26] = [
+pub(crate) const MAPS: [&str; 28] = [
     "LB_FLOW4",
     "LB_FLOW6",
     "LB_FRONT4",
@@ -40,6 +42,8 @@ pub(crate) const MAPS: [&str; 26] = [
     "LB_TAKEN",
     "LB_EPOCH",
     "LB_DEVICE",
+    "LB_XDP",
+    "LB_VTEP",
     "LB_PORTS",
     "LB_COUNT",
     "LB_NAME",
@@ -165,10 +169,36 @@ fn load_tc(ebpf: &mut Ebpf) -> Result<()> {
     })
 }
 
-fn tc_program(ebpf: &mut Ebpf, hook: Hook) -> Result<&mut SchedClassifier> {
-    let name = hook.program();
-    let program = ebpf.program_mut(name).with_context(|| format!("the object has no program {name}"))?;
-    Ok(program.try_into()?)
+fn program<'a>(ebpf: &'a mut Ebpf, name: &str) -> Result<&'a mut Program> {
+    ebpf.program_mut(name).with_context(|| format!("the object has no program {name}"))
+}
+
+/// Loads and pins the XDP program; or takes it off, if it is not wanted or the kernel refuses it: everything is served
+/// without it, too.
+pub fn pin_xdp(ebpf: &mut Ebpf, pins: &Pins, args: &RunArgs) -> Option<xdp::Xdp> {
+    if args.xdp != XdpArg::Off {
+        match open_xdp(ebpf, pins, args) {
+            Ok(xdp) => return Some(xdp),
+            Err(error) => warn!("XDP: {error:#}; going on without, by tc alone"),
+        }
+    }
+    xdp::switch_off(pins);
+    None
+}
+
+/// With a pin, it stays in the kernel without its object.
+fn open_xdp(ebpf: &mut Ebpf, pins: &Pins, args: &RunArgs) -> Result<xdp::Xdp> {
+    let loaded: &mut Xdp = program(ebpf, xdp::PROGRAM)?.try_into()?;
+    loaded.load().map_err(|error| match error {
+        // The verifier's log has thousands of lines.
+        ProgramError::LoadError { io_error, .. } => anyhow!("the kernel refuses the program: {io_error}"),
+        error => anyhow!("load the program: {error}"),
+    })?;
+    let pin = pins.program(Place::Main, xdp::PROGRAM);
+    attach::pin_program(&pins.lock()?, pins, Place::Main, xdp::PROGRAM, program(ebpf, xdp::PROGRAM)?)?;
+    let program = Xdp::from_pin(&pin, XdpAttachType::Interface)
+        .with_context(|| format!("open the program {}", pin.display()))?;
+    xdp::Xdp::open(program, pins, args.xdp)
 }
 
 /// Pins the tc programs for a place: from now on the CNI plugin attaches these, too.
@@ -178,7 +208,7 @@ fn tc_program(ebpf: &mut Ebpf, hook: Hook) -> Result<&mut SchedClassifier> {
 pub fn pin(ebpf: &mut Ebpf, pins: &Pins, features: Features, place: Place) -> Result<Attacher> {
     let turn = pins.lock()?;
     for hook in Hook::BOTH {
-        attach::pin_program(&turn, pins, place, hook, tc_program(ebpf, hook)?)?;
+        attach::pin_program(&turn, pins, place, hook.program(), program(ebpf, hook.program())?)?;
     }
     Attacher::open(&turn, pins, features.tcx)?.context("the programs that were just pinned are gone")
 }

@@ -6,6 +6,8 @@
 #[expect(dead_code, reason = "the host's tests use the rest")]
 mod support;
 
+mod devices;
 mod differential;
 mod loaded;
 mod paths;
+mod transit;

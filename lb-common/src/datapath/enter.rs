@@ -8,7 +8,7 @@
 use super::ingress::{begins_here, onward};
 use super::parse::{Headers, Kind, Wire};
 use super::ports::Ports;
-use super::{FlowRef, Outcome, Packet, Put, PutError, Reason, Tables, Verdict};
+use super::{FlowRef, Flows, Outcome, Packet, Put, PutError, Reason, Tables, Verdict};
 use crate::addr::NetPort;
 use crate::maps::{Addr, Flow, FlowKey, FrontendKey, Side, Slot};
 
@@ -95,7 +95,7 @@ fn put<A: Addr, K: Tables<A>>(kernel: &K, draft: &FlowRef<'_, A>, side: Side) ->
 
 /// A UDP flow to a backend that is gone.
 #[inline(always)]
-pub(super) fn stale<A: Addr, K: Tables<A>>(kernel: &K, flow: &Flow<A>) -> bool {
+pub(super) fn stale<A: Addr, K: Flows<A>>(kernel: &K, flow: &Flow<A>) -> bool {
     flow.backend_id != 0 && kernel.backend_epoch(flow.backend_id) != flow.backend_epoch
 }
 

@@ -99,8 +99,7 @@ fn known<A: Addr, K: Tables<A>>(kernel: &K, headers: &Headers<A>, entry: &FlowRe
                 forget(kernel, flow);
                 return Known::Over;
             }
-            if flow.state & Flow::<A>::CLOSING != 0 && headers.starts_flow() {
-                // The connection was closed and its port is used again.
+            if used_again(headers, flow) {
                 forget(kernel, flow);
                 return Known::Over;
             }
@@ -127,6 +126,12 @@ fn known<A: Addr, K: Tables<A>>(kernel: &K, headers: &Headers<A>, entry: &FlowRe
         Some(Side::Held) => Known::Held,
         None => Known::Over,
     }
+}
+
+/// Whether the connection was closed, and the packet opens another one from the same port.
+#[inline(always)]
+pub(super) fn used_again<A: Addr>(headers: &Headers<A>, flow: &Flow<A>) -> bool {
+    flow.state & Flow::<A>::CLOSING != 0 && headers.starts_flow()
 }
 
 /// Sends a packet on to where its flow goes, with the client's port that the flow has there.

@@ -6,7 +6,7 @@ use super::parse::{Headers, Kind, Wire, tcp_flags};
 use super::ports::{Ports, neighbour};
 use super::reclaim::{is_closed, make_room};
 use super::rewrite::{End, rewrite};
-use super::{FlowRef, Outcome, Packet, Put, PutError, Reason, Tables, Taken, Verdict};
+use super::{FlowRef, Flows, Outcome, Packet, Put, PutError, Reason, Tables, Taken, Verdict};
 use crate::addr::NetPort;
 use crate::maps::{Addr, Device, Flow, Side, cidr};
 
@@ -98,7 +98,7 @@ pub(super) fn decide<A: Wire, P: Packet, K: Tables<A>>(
 /// Makes [`Side::Back`] again if it was lost: a reply that does not find it cannot tell whose it is. Once a second, not
 /// for every packet.
 #[inline(never)]
-pub(super) fn renew<A: Addr, K: Tables<A>>(kernel: &K, flow: &Flow<A>) {
+pub(super) fn renew<A: Addr, K: Flows<A>>(kernel: &K, flow: &Flow<A>) {
     let back = flow.as_side(Side::Back);
     if kernel.put_flow(&back.key(Side::Back), &back, Put::New).is_ok() {
         kernel.count(Reason::Repaired);

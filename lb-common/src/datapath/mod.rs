@@ -1,4 +1,4 @@
-//! The logic of the tc programs.
+//! The logic of the programs that packets meet.
 //!
 //! One rule: an ingress hook may rewrite a packet's destination, an egress hook its source; nothing else. See
 //! `docs/design.md`. Generic over the family ([`Addr`]), the packet ([`Packet`]) and what surrounds it ([`Kernel`]).
@@ -19,6 +19,7 @@ mod reject;
 mod rewrite;
 #[cfg(test)]
 mod tests;
+mod transit;
 
 use crate::addr::NetPort;
 use crate::checksum::Sum;
@@ -34,6 +35,7 @@ pub use egress::egress;
 pub use ingress::ingress;
 pub use parse::Wire;
 pub use reject::{Reshape, reject};
+pub use transit::{Both, Driver, NextHop, Query, RawPacket, Routes, Sent, transit};
 
 /// What becomes of a packet.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -129,11 +131,15 @@ pub enum Reason {
     BackendGone,
     /// Not dropped: a flow that is over was removed for a new one, because the table was full.
     Reclaimed,
+    /// Not dropped: XDP sent a packet on, past the tc hooks.
+    XdpForwarded,
+    /// Not dropped: XDP knew the packet's flow, but left it to the tc hooks.
+    XdpLeft,
 }
 
 impl Reason {
     /// All of them, in the counters' order.
-    pub const ALL: [Self; 21] = [
+    pub const ALL: [Self; 23] = [
         Self::NoEndpoint,
         Self::NoLocalEndpoint,
         Self::NoSuchPort,
@@ -155,6 +161,8 @@ impl Reason {
         Self::NewFlow,
         Self::BackendGone,
         Self::Reclaimed,
+        Self::XdpForwarded,
+        Self::XdpLeft,
     ];
 
     /// From the counter's index.
@@ -182,6 +190,8 @@ impl Reason {
             18 => Self::NewFlow,
             19 => Self::BackendGone,
             20 => Self::Reclaimed,
+            21 => Self::XdpForwarded,
+            22 => Self::XdpLeft,
             _ => Self::Malformed,
         }
     }
@@ -210,6 +220,8 @@ impl Reason {
             Self::NewFlow => "new_flow",
             Self::BackendGone => "backend_gone",
             Self::Reclaimed => "reclaimed",
+            Self::XdpForwarded => "xdp_forwarded",
+            Self::XdpLeft => "xdp_left",
         }
     }
 
@@ -243,24 +255,36 @@ pub struct Covered {
     pub zero_is_none: bool,
 }
 
-/// Where the logic meets the maps and helpers.
-pub trait Kernel {
+/// What every program has around it.
+pub trait Context {
+    /// Seconds of the monotonic clock, cheap.
+    fn now(&self) -> u32;
+    /// Adds one to a counter.
+    fn count(&self, reason: Reason);
+    /// The present epoch of a liveness entry.
+    fn backend_epoch(&self, id: u32) -> u32;
+}
+
+/// The flow table of one family.
+pub trait Flows<A: Addr>: Context {
+    /// Looks a flow entry up.
+    fn flow(&self, key: &FlowKey<A>) -> Option<FlowRef<'_, A>>;
+    /// Enters a flow entry.
+    fn put_flow(&self, key: &FlowKey<A>, flow: &Flow<A>, how: Put) -> Result<(), PutError>;
+}
+
+/// Where the logic of the tc hooks meets the maps and helpers.
+pub trait Kernel: Context {
     /// One of [`crate::maps::stance`].
     fn stance(&self) -> u32;
     /// Seed of all hashes; the same for the life of the node, so that choices can be made again.
     fn hash_seed(&self) -> u32;
     /// First and last port to masquerade to, host order.
     fn masquerade_ports(&self) -> (u16, u16);
-    /// Seconds of the monotonic clock, cheap.
-    fn now(&self) -> u32;
     /// The device that the hook is on.
     fn device(&self) -> Option<&Device>;
     /// Its index.
     fn device_index(&self) -> u32;
-    /// Adds one to a counter.
-    fn count(&self, reason: Reason);
-    /// The present epoch of a liveness entry.
-    fn backend_epoch(&self, id: u32) -> u32;
     /// Whether the node reserves that port (host order).
     fn port_reserved(&self, port: u16) -> bool;
     /// Notes that a masquerade port was taken for a flow.
@@ -286,17 +310,13 @@ pub trait Kernel {
 }
 
 /// The maps and helpers of one family.
-pub trait Tables<A: Addr>: Kernel {
-    /// Looks a flow entry up.
-    fn flow(&self, key: &FlowKey<A>) -> Option<FlowRef<'_, A>>;
+pub trait Tables<A: Addr>: Kernel + Flows<A> {
     /// A place to make a flow up in before it is entered: there is one, and little room on the stack.
     fn draft(&self) -> Option<FlowRef<'_, A>>;
     /// Remembers a new flow by its [`Side::Forward`] key, in place of the oldest that is remembered.
     fn remember(&self, forward: &FlowKey<A>);
     /// The flow that will be forgotten after so many more.
     fn old_flow(&self, after: u32) -> Option<&FlowKey<A>>;
-    /// Enters a flow entry.
-    fn put_flow(&self, key: &FlowKey<A>, flow: &Flow<A>, how: Put) -> Result<(), PutError>;
     /// Removes a flow entry if it is there.
     fn remove_flow(&self, key: &FlowKey<A>);
     /// Looks a frontend up.

@@ -1,6 +1,6 @@
 //! From bytes to a tuple. Bounded, and never past the end.
 
-use super::{Packet, fragments};
+use super::{Packet, Reason, fragments};
 use crate::addr::{Ip4, Ip6, NetPort};
 use crate::checksum::Sum;
 use crate::maps::{Addr, FlowKey, FragmentKey};
@@ -9,7 +9,7 @@ use bytemuck::{Pod, Zeroable};
 /// Length of the Ethernet header.
 pub(super) const ETH: usize = 14;
 pub(super) const TCP: u8 = 6;
-const UDP: u8 = 17;
+pub(super) const UDP: u8 = 17;
 
 /// What a packet is to us.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -21,6 +21,18 @@ pub(super) enum Kind {
     EchoReply,
     /// An ICMP error, whose tuple is in the packet that it quotes.
     IcmpError,
+}
+
+impl Kind {
+    /// The [`crate::maps::Flow`] state bits that such a packet sets.
+    #[inline(always)]
+    pub(super) fn state(self) -> u8 {
+        match self {
+            // FIN and RST are bits 0 and 2 in the header, 0 and 1 in the entry.
+            Self::Tcp(flags) => flags & tcp_flags::FIN | (flags & tcp_flags::RST) >> 1,
+            _ => 0,
+        }
+    }
 }
 
 pub(super) mod tcp_flags {
@@ -65,11 +77,7 @@ impl<A> Headers<A> {
     /// The [`crate::maps::Flow`] state bits that this packet sets.
     #[inline(always)]
     pub(super) fn state(&self) -> u8 {
-        match self.kind {
-            // FIN and RST are bits 0 and 2 in the header, 0 and 1 in the entry.
-            Kind::Tcp(flags) => flags & tcp_flags::FIN | (flags & tcp_flags::RST) >> 1,
-            _ => 0,
-        }
+        self.kind.state()
     }
 }
 
@@ -120,6 +128,10 @@ pub trait Wire: Addr {
     const SRC: usize;
     /// Offset of the destination address in the header.
     const DST: usize;
+    /// Offset of what is counted down by routers.
+    const TTL: usize;
+    /// Offset of the next header's protocol.
+    const PROTO: usize;
     /// Offset of the header checksum, if there is one.
     const CHECKSUM: Option<usize>;
     /// The bytes of a plain header.
@@ -132,6 +144,14 @@ pub trait Wire: Addr {
     fn fragment_key<P: Packet>(packet: &P, hook: u8) -> Option<FragmentKey<Self>>;
     /// The sum over the plain header of a packet.
     fn sum_header<P: Packet>(packet: &P) -> Option<Sum>;
+    /// The header of a packet that carries another one, in UDP, as the kernel's tunnels make it.
+    fn carrier(src: Self, dst: Self, payload: u16, ttl_and_ecn: (u8, u8), id: u16) -> Self::Header;
+    /// Length by the header, if that is a plain one and the packet is whole. The transport protocol is not looked at.
+    fn plain<P: Packet>(packet: &P) -> Option<u16>;
+    /// Counts a plain header down. The sum over its addresses has changed by `change`.
+    fn one_hop_less<P: Packet>(packet: &mut P, change: Sum) -> Result<(), Reason>;
+    /// What a header's first word says of congestion (RFC 3168).
+    fn ecn(head: u32) -> u8;
     #[doc(hidden)]
     #[expect(private_interfaces, reason = "sealed: only the two address types implement it")]
     fn ip_header<P: Packet>(packet: &P, at: At) -> Result<IpHeader<Self>, NotOurs>;
@@ -157,6 +177,8 @@ impl Wire for Ip4 {
     const HEADER: usize = 20;
     const SRC: usize = 12;
     const DST: usize = 16;
+    const TTL: usize = 8;
+    const PROTO: usize = 9;
     const CHECKSUM: Option<usize> = Some(10);
     type Header = Ipv4Header;
 
@@ -196,6 +218,36 @@ impl Wire for Ip4 {
     }
 
     #[inline(always)]
+    fn carrier(src: Self, dst: Self, payload: u16, (ttl, ecn): (u8, u8), id: u16) -> Ipv4Header {
+        let mut header = Self::header(src, dst, UDP, payload, ttl);
+        (header.tos, header.id, header.fragment, header.checksum) = (ecn, id, 0, 0);
+        header.checksum = !sum_words::<5>(&bytemuck::cast(header)).fold();
+        header
+    }
+
+    #[inline(always)]
+    fn plain<P: Packet>(packet: &P) -> Option<u16> {
+        let fragment: u16 = packet.read(ETH + 6)?;
+        let whole = fragment & 0x3fffu16.to_be() == 0;
+        let len = packet.read(ETH + 2).map(u16::from_be)?;
+        (packet.read::<u8>(ETH)? == 0x45 && whole).then_some(len)
+    }
+
+    #[inline(always)]
+    fn one_hop_less<P: Packet>(packet: &mut P, change: Sum) -> Result<(), Reason> {
+        // Together with the protocol: a word of the checksum's.
+        let old: u16 = packet.read(ETH + Self::TTL).ok_or(Reason::Malformed)?;
+        let new = u16::from_be(old).wrapping_sub(0x100).to_be();
+        packet.l3_checksum(ETH + 10, change.plus(Sum::diff16(old, new)))?;
+        packet.store(ETH + Self::TTL, &new)
+    }
+
+    #[inline(always)]
+    fn ecn(head: u32) -> u8 {
+        head.to_ne_bytes()[1] & 3
+    }
+
+    #[inline(always)]
     #[expect(private_interfaces, reason = "sealed")]
     fn ip_header<P: Packet>(packet: &P, at: At) -> Result<IpHeader<Self>, NotOurs> {
         let ip: Ipv4Header = get(packet, at)?;
@@ -226,6 +278,8 @@ impl Wire for Ip6 {
     const HEADER: usize = 40;
     const SRC: usize = 8;
     const DST: usize = 24;
+    const TTL: usize = 7;
+    const PROTO: usize = 6;
     const CHECKSUM: Option<usize> = None;
     type Header = Ipv6Header;
 
@@ -269,6 +323,34 @@ impl Wire for Ip6 {
     #[inline(always)]
     fn sum_header<P: Packet>(packet: &P) -> Option<Sum> {
         packet.load::<[u32; 10]>(ETH).map(|w| sum_words(&w))
+    }
+
+    #[inline(always)]
+    fn carrier(src: Self, dst: Self, payload: u16, (ttl, ecn): (u8, u8), _: u16) -> Ipv6Header {
+        let class = u32::from(ecn) << 20;
+        Ipv6Header {
+            version_class_label: (0x6000_0000 | class).to_be(),
+            ..Self::header(src, dst, UDP, payload, ttl)
+        }
+    }
+
+    #[inline(always)]
+    fn plain<P: Packet>(packet: &P) -> Option<u16> {
+        let payload = packet.read(ETH + 4).map(u16::from_be)?;
+        let plain = packet.read::<u8>(ETH)? >> 4 == 6;
+        // Zero is a jumbogram's.
+        if plain && payload != 0 { payload.checked_add(Self::HEADER as u16) } else { None }
+    }
+
+    #[inline(always)]
+    fn one_hop_less<P: Packet>(packet: &mut P, _: Sum) -> Result<(), Reason> {
+        let limit: u8 = packet.read(ETH + Self::TTL).ok_or(Reason::Malformed)?;
+        packet.store(ETH + Self::TTL, &limit.wrapping_sub(1))
+    }
+
+    #[inline(always)]
+    fn ecn(head: u32) -> u8 {
+        head.to_ne_bytes()[1] >> 4 & 3
     }
 
     #[inline(always)]
@@ -339,8 +421,16 @@ fn too_short(length: u16, header: usize) -> bool {
     length != 0 && (u16::from_be(length) as usize) < header + 8
 }
 
+/// The sum over what a transport checksum covers besides the transport header and the payload.
 #[inline(always)]
-fn sum_words<const N: usize>(words: &[u32; N]) -> Sum {
+pub(super) fn pseudo_header<A: Addr>(key: &FlowKey<A>, len: u16) -> Sum {
+    let words = u64::from(u16::from(key.proto).to_be()) + u64::from(len.to_be());
+    let total = key.src.sum() + key.dst.sum() + words;
+    Sum(total as u32).plus(Sum((total >> 32) as u32))
+}
+
+#[inline(always)]
+pub(super) fn sum_words<const N: usize>(words: &[u32; N]) -> Sum {
     let mut total = 0u64;
     for &w in words {
         total += u64::from(w);

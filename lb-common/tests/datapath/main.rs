@@ -17,3 +17,4 @@ mod paths;
 mod policy;
 mod refuse;
 mod send;
+mod transit;

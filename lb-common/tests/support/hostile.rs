@@ -181,9 +181,27 @@ fn set_len6(frame: &mut [u8]) {
     frame[ETH + 4..ETH + 6].copy_from_slice(&len.to_be_bytes());
 }
 
+/// A packet of a flow that passes through the node, as far as the other node's network is routed.
+pub(crate) fn passing(rng: &mut Rng, v6: bool) -> Vec<u8> {
+    let n = Net::of(v6);
+    let client = sock(n.outside, rng.of(&[5000, 5001, 5002, 5003]));
+    let masq = sock(rng.of(&[n.node, n.overlay]), rng.of(&[10_000, 10_001, 10_002, 10_003]));
+    let (src, dst) = rng.of(&[(client, sock(n.node, 30081)), (sock(n.far, 8080), masq)]);
+    let len = rng.of(&[0, 1, 2, 7, 64, 500]);
+    let data = rng.bytes(len);
+    let flags = rng.of(&[SYN, SYN | ACK, ACK, ACK, ACK, ACK | FIN, RST]);
+    let l4 = rng.of(&[L4::Udp, L4::Tcp(flags), L4::Tcp(flags)]);
+    build::packet(src, dst, l4, &data)
+}
+
 /// A packet with something wrong with it, most of the time.
 pub(crate) fn bad(rng: &mut Rng, v6: bool) -> Vec<u8> {
-    let mut frame = good(rng, v6);
+    let frame = good(rng, v6);
+    spoil(rng, frame)
+}
+
+/// Most of the time, something is wrong with it afterwards.
+pub(crate) fn spoil(rng: &mut Rng, mut frame: Vec<u8>) -> Vec<u8> {
     match rng.below(10) {
         0 => {
             // Nonsense behind a credible Ethernet header.

@@ -3,7 +3,9 @@
 
 pub(crate) mod build;
 pub(crate) mod cluster;
+pub(crate) mod driver;
 pub(crate) mod frame;
 pub(crate) mod hostile;
 pub(crate) mod paths;
 pub(crate) mod world;
+pub(crate) mod xdp_node;

@@ -3,7 +3,7 @@
 use super::frame::Frame;
 use lb_common::addr::{Ip4, Ip6, NetPort};
 use lb_common::datapath::{
-    self, FlowRef, Kernel, Packet, Put, PutError, Reason, Tables, Taken, Verdict, Wire,
+    self, Context, FlowRef, Flows, Kernel, Packet, Put, PutError, Reason, Tables, Taken, Verdict, Wire,
 };
 use lb_common::maps::{
     Addr, Affinity, AffinityKey, Device, Flow, FlowKey, Fragment, FragmentKey, Frontend, FrontendKey, Held,
@@ -255,6 +255,20 @@ pub(crate) fn front_key<A: Fam>(proto: u8, at: SocketAddr) -> FrontendKey<A> {
     FrontendKey::new(A::from_ip(at.ip()), NetPort::new(at.port()), proto)
 }
 
+impl Context for World {
+    fn now(&self) -> u32 {
+        self.now.get()
+    }
+
+    fn count(&self, reason: Reason) {
+        self.counts.borrow_mut()[reason as usize] += 1;
+    }
+
+    fn backend_epoch(&self, id: u32) -> u32 {
+        self.epochs.get(&id).copied().unwrap_or(0)
+    }
+}
+
 impl Kernel for World {
     fn stance(&self) -> u32 {
         self.stance.get()
@@ -268,24 +282,12 @@ impl Kernel for World {
         self.ports
     }
 
-    fn now(&self) -> u32 {
-        self.now.get()
-    }
-
     fn device(&self) -> Option<&Device> {
         self.devices.get(&self.ifindex.get())
     }
 
     fn device_index(&self) -> u32 {
         self.known_as.unwrap_or(self.ifindex.get())
-    }
-
-    fn count(&self, reason: Reason) {
-        self.counts.borrow_mut()[reason as usize] += 1;
-    }
-
-    fn backend_epoch(&self, id: u32) -> u32 {
-        self.epochs.get(&id).copied().unwrap_or(0)
     }
 
     fn port_reserved(&self, port: u16) -> bool {
@@ -334,27 +336,12 @@ impl Kernel for World {
     }
 }
 
-impl<A: Fam> Tables<A> for World {
+impl<A: Fam> Flows<A> for World {
     fn flow(&self, key: &FlowKey<A>) -> Option<FlowRef<'_, A>> {
         let flows = A::of(self).flows.borrow();
         let at = NonNull::new(flows.get(key)?.get())?;
         // SAFETY: entries are boxed, and those removed or replaced are kept until the program has ended.
         Some(unsafe { FlowRef::new(at) })
-    }
-
-    fn draft(&self) -> Option<FlowRef<'_, A>> {
-        // SAFETY: boxed, and only one program runs.
-        NonNull::new(A::of(self).draft.get()).map(|at| unsafe { FlowRef::new(at) })
-    }
-
-    fn remember(&self, forward: &FlowKey<A>) {
-        A::of(self).begun.borrow_mut().push(Box::leak(Box::new(*forward)));
-    }
-
-    fn old_flow(&self, after: u32) -> Option<&FlowKey<A>> {
-        let begun = A::of(self).begun.borrow();
-        let oldest = begun.len().checked_sub(self.remembered.get())?;
-        begun.get(oldest + after as usize).copied()
     }
 
     fn put_flow(&self, key: &FlowKey<A>, flow: &Flow<A>, how: Put) -> Result<(), PutError> {
@@ -368,6 +355,23 @@ impl<A: Fam> Tables<A> for World {
         let old = flows.insert(*key, Box::new(UnsafeCell::new(*flow)));
         family.removed.borrow_mut().extend(old);
         Ok(())
+    }
+}
+
+impl<A: Fam> Tables<A> for World {
+    fn draft(&self) -> Option<FlowRef<'_, A>> {
+        // SAFETY: boxed, and only one program runs.
+        NonNull::new(A::of(self).draft.get()).map(|at| unsafe { FlowRef::new(at) })
+    }
+
+    fn remember(&self, forward: &FlowKey<A>) {
+        A::of(self).begun.borrow_mut().push(Box::leak(Box::new(*forward)));
+    }
+
+    fn old_flow(&self, after: u32) -> Option<&FlowKey<A>> {
+        let begun = A::of(self).begun.borrow();
+        let oldest = begun.len().checked_sub(self.remembered.get())?;
+        begun.get(oldest + after as usize).copied()
     }
 
     fn remove_flow(&self, key: &FlowKey<A>) {

@@ -5,6 +5,8 @@
 
 #[cfg(target_arch = "bpf")]
 mod bare;
+#[cfg(target_arch = "bpf")]
+mod driver;
 
 #[cfg(target_arch = "bpf")]
 mod programs {

@@ -18,6 +18,7 @@ mod cli;
 mod host;
 mod net;
 mod netns;
+mod offload;
 mod owner;
 mod rules;
 mod topology;
@@ -36,6 +37,7 @@ pub use host::{Host, Role};
 pub use owner::xtask_exe;
 pub use topology::{CLUSTER_CIDR, EXTERNAL_V4, EXTERNAL_V6, GATEWAY_V4, GATEWAY_V6, is_pod_ip};
 
+use offload::Offload;
 use owner::Reaper;
 
 /// Nodes of a lab.
@@ -227,6 +229,17 @@ impl Lab {
         fs::remove_dir_all(pod.state_dir())?;
         self.lock()[node].retain(|p| p != pod);
         Ok(())
+    }
+
+    /// Makes the way to the nodes one for XDP, which veths are not by themselves: what arrives has whole checksums, as from a
+    /// wire, and the other ends of the nodes' devices take packets that come from a driver.
+    pub fn for_xdp(&self) -> Result<()> {
+        self.wire.run_in(|| {
+            self.nodes.iter().try_for_each(|node| {
+                offload::set(&node.name, Offload::SentChecksums, false)?;
+                offload::set(&node.name, Offload::Gro, true)
+            })
+        })?
     }
 
     /// Name of a pod's device on its node.

@@ -1,8 +1,7 @@
 //! More new flows than there is room for.
 
 use std::fs;
-use std::io::{Read, Write};
-use std::net::{SocketAddr, TcpStream};
+use std::net::SocketAddr;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
@@ -10,7 +9,7 @@ use xtask::demo::Cluster;
 use xtask::lab::Host;
 use xtask::probe::{Ask, Flood};
 
-use super::support::{Traffic, answered, cluster, dns, eventually, store};
+use super::support::{Traffic, answered, cluster, dns, eventually, metric, store};
 
 /// Room for so many flows, in each family.
 const ROOM: u32 = 2048;
@@ -63,19 +62,6 @@ fn survives(
     })?;
     traffic.finish(end)?;
     Ok(())
-}
-
-/// A value of a node's `/metrics`.
-fn metric(node: &Host, sample: &str) -> Result<f64> {
-    let ask = || -> std::io::Result<String> {
-        let mut stream = TcpStream::connect("127.0.0.1:10249")?;
-        stream.write_all(b"GET /metrics HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n")?;
-        let mut text = String::new();
-        stream.read_to_string(&mut text).map(|_| text)
-    };
-    let text = node.run_in(ask)??;
-    let value = text.lines().find_map(|line| line.strip_prefix(sample)?.strip_prefix(' '));
-    value.with_context(|| format!("no {sample} in\n{text}"))?.parse().context("a number")
 }
 
 #[test]

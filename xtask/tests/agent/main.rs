@@ -27,3 +27,4 @@ mod reordered;
 mod restart;
 mod support;
 mod upgrade;
+mod xdp;

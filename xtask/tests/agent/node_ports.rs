@@ -7,20 +7,13 @@ use anyhow::{Result, ensure};
 use xtask::demo::Cluster;
 use xtask::lab::Host;
 use xtask::probe::Ask;
-use xtask::system;
 
 use super::health::{PORT, refused, says, shop};
-use super::support::{SOON, answered, cluster, eventually};
+use super::support::{SOON, answered, cluster, eventually, ip};
 
 /// A NodePort of the web service.
 const NODE_PORT: u16 = 30080;
 const SECOND: [&str; 2] = ["172.18.0.99", "fd00:172:18::99"];
-
-fn ip(host: &Host, args: &[&str]) -> Result<()> {
-    let status = host.command("ip").args(args).status()?;
-    ensure!(status.success(), "ip {args:?} on {}: {status}", host.name());
-    Ok(())
-}
 
 fn at(ip: &str, port: u16) -> Result<SocketAddr> {
     Ok(SocketAddr::new(ip.parse()?, port))
@@ -28,7 +21,6 @@ fn at(ip: &str, port: u16) -> Result<SocketAddr> {
 
 /// The cluster, whose wire sends what is for the second addresses to n1 even if n1 does not have them (any more).
 fn site(name: &str) -> Result<Cluster> {
-    system::ensure_debian_packages(&[("iproute2", "ip")])?;
     let cluster = cluster(name)?;
     for (second, node) in SECOND.into_iter().zip(cluster.lab().node(0).ips()) {
         ip(cluster.lab().wire(), &["route", "add", second, "via", &node.to_string()])?;

@@ -1,7 +1,8 @@
 //! What these tests share.
 
 use std::fmt::Write as _;
-use std::net::SocketAddr;
+use std::io::{Read as _, Write as _};
+use std::net::{SocketAddr, TcpStream};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -13,6 +14,7 @@ use xtask::agent::log_path;
 use xtask::demo::{Cluster, vip};
 use xtask::lab::{Host, Lab};
 use xtask::probe::{Ask, Bulk, Churn, Direction, failures};
+use xtask::system::ensure_debian_packages;
 
 /// How long a change may take until packets see it, on a busy machine.
 pub(crate) const SOON: Duration = Duration::from_secs(2);
@@ -63,6 +65,27 @@ pub(crate) fn answered(from: &Host, ask: &Ask) -> Result<Vec<String>> {
     let failed = failures(&answers);
     ensure!(failed.is_empty(), "{} → {}: {failed:?}", from.name(), ask.to);
     Ok(answers.iter().filter_map(|a| a.name().map(String::from)).collect())
+}
+
+/// Runs Debian's `ip` on a host.
+pub(crate) fn ip(host: &Host, args: &[&str]) -> Result<()> {
+    ensure_debian_packages(&[("iproute2", "ip")])?;
+    let status = host.command("ip").args(args).status()?;
+    ensure!(status.success(), "ip {args:?} on {}: {status}", host.name());
+    Ok(())
+}
+
+/// A value of a node's `/metrics`.
+pub(crate) fn metric(node: &Host, sample: &str) -> Result<f64> {
+    let ask = || -> std::io::Result<String> {
+        let mut stream = TcpStream::connect("127.0.0.1:10249")?;
+        stream.write_all(b"GET /metrics HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n")?;
+        let mut text = String::new();
+        stream.read_to_string(&mut text).map(|_| text)
+    };
+    let text = node.run_in(ask)??;
+    let value = text.lines().find_map(|line| line.strip_prefix(sample)?.strip_prefix(' '));
+    value.with_context(|| format!("no {sample} in\n{text}"))?.parse().context("a number")
 }
 
 /// Lets every host of a lab send as many ICMP errors as there are to send.

@@ -12,6 +12,7 @@ use super::ports::{self, Half};
 use super::programs::{self, Features};
 use super::sockets;
 use super::syscall::Update;
+use super::xdp;
 use crate::cli::{RunArgs, SocketLb};
 use anyhow::{Context as _, Result};
 use aya::maps::{Array, Map, MapData};
@@ -120,6 +121,8 @@ fn take_over(old: &Pins, pins: &Pins, args: &RunArgs, features: Features, begun:
             );
         }
     }
+    // It would go by the others' tables: until the end of this all packets take the other way.
+    xdp::switch_off(pins);
     // What the others masquerade from now on, and what we do, cannot meet, though neither knows the other's latest.
     ports::reserve_half(&mut reserved(old)?, Half::Odd)?;
     ports::reserve_half(&mut reserved(pins)?, Half::Even)?;

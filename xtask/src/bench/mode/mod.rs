@@ -69,7 +69,7 @@ impl Mode {
     pub(super) fn agent_flags(self) -> &'static [&'static str] {
         match self {
             Self::OursSockets => &["--socket-lb=all"],
-            Self::OursXdp => &["--xdp"],
+            Self::OursXdp => &["--xdp=native"],
             _ => &[],
         }
     }

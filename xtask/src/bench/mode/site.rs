@@ -72,6 +72,9 @@ impl Site {
             node.sysctl("netfilter.nf_conntrack_tcp_timeout_time_wait", "5")?;
         }
         topology::add_endpoints(&lab)?;
+        if mode == Mode::OursXdp {
+            lab.for_xdp()?;
+        }
         if mode == Mode::Direct {
             topology::route_pods(&lab)?;
         }
