@@ -12,7 +12,9 @@ use aya::util::nr_cpus;
 use aya::{Ebpf, EbpfLoader};
 use aya_obj::programs::XdpAttachType;
 use lb_attach::attach::{self, Attacher, Hook};
+use lb_common::datapath::Reason;
 use lb_common::maps::{Held, flags};
+use std::fs;
 use std::os::fd::AsRawFd as _;
 use std::panic::resume_unwind;
 use std::thread;
@@ -141,6 +143,7 @@ pub fn load(pins: &Pins, args: &RunArgs, features: Features, place: Place) -> Re
     for map in MAPS {
         loader.map_pin_path(map, pins.map(map));
     }
+    renew_counters(pins)?;
     let mut ebpf = loader.load(OBJECT).context("load the BPF maps and programs")?;
     upgrade::describe(pins)?;
     if let Some(warning) = kept_size(pins, args.flow_table_max)? {
@@ -148,6 +151,17 @@ pub fn load(pins: &Pins, args: &RunArgs, features: Features, place: Place) -> Re
     }
     load_tc(&mut ebpf)?;
     Ok(ebpf)
+}
+
+/// A version that counts more, or less, begins counting again: nothing else goes by the counters.
+fn renew_counters(pins: &Pins) -> Result<()> {
+    let pin = pins.map("LB_COUNT");
+    match MapInfo::from_pin(&pin) {
+        Ok(info) if info.max_entries() as usize != Reason::ALL.len() => {
+            fs::remove_file(&pin).with_context(|| format!("remove {}", pin.display()))
+        }
+        _ => Ok(()),
+    }
 }
 
 /// Loads the tc programs side by side: to verify them is nearly all that the agent does until it is ready, and the kernel

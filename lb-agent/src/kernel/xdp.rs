@@ -19,7 +19,6 @@ use lb_attach::vxlan;
 use lb_common::addr::Ip6;
 use lb_common::maps::{VtepKey, XdpDevice};
 use std::collections::{BTreeMap, BTreeSet, HashMap as StdMap};
-use std::fs;
 use std::net::IpAddr;
 use std::path::Path;
 use table::{Settings, Uplink};
