@@ -1,18 +1,25 @@
 //! One request through every path of the design's table, in both families, against agents on both nodes of a lab.
 
+use super::payload;
 use super::report::Report;
 use super::services::{self, Kind, SERVICES};
-use crate::agent::{Agent, log_tail};
+use crate::agent::{Agent, log_path, log_tail};
 use crate::lab::{Host, Lab};
 use crate::probe::{Answer, Ask, Failure};
-use anyhow::{Context as _, Result, bail, ensure};
+use anyhow::{Context as _, Result, anyhow, bail, ensure};
 use std::fs;
 use std::net::{IpAddr, SocketAddr};
 use std::path::Path;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 /// An emulated guest's agent compiles its programs at a tenth of the usual speed.
 const AGENT_START: Duration = Duration::from_secs(60);
+
+/// Three programs one after the other, and what there is of flows.
+const TAKE_OVER: Duration = Duration::from_secs(180);
+
+/// tcx came with Linux 6.6.
+const TCX_SINCE: (u32, u32) = (6, 6);
 
 /// `bpf_set_retval` came with Linux 5.18.
 const SET_RETVAL_SINCE: (u32, u32) = (5, 18);
@@ -38,7 +45,7 @@ pub(super) fn try_all(report: &mut Report) -> Result<()> {
         Ok(agent)
     };
     let agents: Result<Vec<Agent>> = [lab.node(0), lab.node(1)].into_iter().map(start).collect();
-    let agents = match agents {
+    let mut agents = match agents {
         Ok(agents) => agents,
         Err(error) => {
             report.check("lb-agent on both nodes", Err(error));
@@ -51,6 +58,10 @@ pub(super) fn try_all(report: &mut Report) -> Result<()> {
     let tried = report.checks.len();
     paths.to_services(report);
     paths.without_services(report);
+    if super::loaded::version(&report.release) < Some(TCX_SINCE) {
+        let result = take_over(&lab, &mut agents, manifests);
+        report.check("another version takes over by clsact, and this one again", result);
+    }
     drop(agents);
     match super::plugin::add_pod(&lab).context("lb-cni") {
         Ok(pod) => paths.both(report, "no agent, a pod added by lb-cni → ClusterIP", |v6| {
@@ -60,6 +71,36 @@ pub(super) fn try_all(report: &mut Report) -> Result<()> {
     }
     if report.passed() - before < report.checks.len() - tried {
         print!("{}{}", log_tail(lab.node(0)), log_tail(lab.node(1)));
+    }
+    Ok(())
+}
+
+/// Another version's programs come in front of ours, and ours of theirs, while a connection goes on. (The lab's tests do this
+/// by tcx.)
+fn take_over(lab: &Lab, agents: &mut Vec<Agent>, manifests: &Path) -> Result<()> {
+    let (pod, server, node) = (lab.pod(0, 0), lab.pod(1, 0), lab.node(0));
+    let service = SERVICES[1].at(Kind::ClusterIp, lab, false);
+    let interval = Duration::from_millis(100);
+    let ask = Ask::tcp(service).keep().count(1_000_000).interval(interval);
+    let mut answers = pod.start_asking(&ask)?;
+    let mut next = || -> Result<Duration> {
+        let asked = Instant::now();
+        let answer = answers.next().context("the client ended")?;
+        answer.0.map_err(|why| anyhow!("the open connection: {why}"))?;
+        Ok(asked.elapsed())
+    };
+    next()?;
+    for (exe, times) in [(payload::NEXT, 1), ("lb-agent", 2)] {
+        agents.remove(0).stop()?;
+        let mut agent = Agent::start(&Path::new("/bin").join(exe), node, manifests, &[])?;
+        let ready = agent.wait_healthy(TAKE_OVER).with_context(|| exe.to_owned());
+        agents.insert(0, agent);
+        ready?;
+        let said = fs::read_to_string(log_path(node))?;
+        ensure!(said.matches("took over").count() == times, "{exe} took nothing over:\n{said}");
+        expect(&pod, service, &server, &[at(&pod, false, 0).ip()]).with_context(|| exe.to_owned())?;
+        // All that was answered meanwhile, and one more.
+        while next()? < interval / 2 {}
     }
     Ok(())
 }

@@ -1,12 +1,15 @@
 //! What runs in the guest: the programs of the ordinary build, stripped, with the shared libraries that they need.
 
 use super::{OBJECT_FILE, PAYLOAD_DIR};
-use crate::build::workspace_bins;
+use crate::build::{next_agent, workspace_bins};
 use crate::system::output;
 use anyhow::{Context as _, Result, ensure};
 use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 use std::process::Command;
+
+/// The agent of the next version.
+pub(super) const NEXT: &str = "lb-agent-next";
 
 /// A file of the guest's.
 #[derive(Debug, PartialEq, Eq)]
@@ -20,10 +23,11 @@ pub(super) struct File {
 /// Builds the programs and leaves stripped copies in `dir`.
 pub(super) fn prepare(dir: &Path) -> Result<Vec<File>> {
     let built = workspace_bins()?;
+    let next = next_agent()?;
     let mut files = vec![File { here: built.programs.clone(), there: OBJECT_FILE.into() }];
     let mut libraries = BTreeSet::new();
-    for name in ["xtask", "lb-agent", "lb-cni", "lbctl"] {
-        let binary = built.binary(name)?;
+    for name in ["xtask", "lb-agent", "lb-cni", "lbctl", NEXT] {
+        let binary = if name == NEXT { &next } else { built.binary(name)? };
         libraries.extend(libraries_of(binary)?);
         let here = dir.join(name);
         // Four fifths of a program are debug information, which an emulated guest would take long to unpack.
