@@ -2,7 +2,8 @@
 //!
 //! A packet must not find half of a flow that leads our programs to a decision which the others have made differently: the
 //! entry that says how the source is translated comes first, and what leads there only when it is there. A flow whose source
-//! has not been decided on is left to the others until they decide no more.
+//! has not been decided on is left to the others until they decide no more, and one that is closed until they use its port
+//! no more for another.
 
 use super::layout::{Layout, Record};
 use lb_common::maps::{Flow, Side};
@@ -63,9 +64,10 @@ impl<'a> Entries<'a> {
     pub(super) fn step(&self, entry: &[u8], others: Others) -> Step {
         match (self.side(entry), others) {
             (None | Some(Side::Held), _) => Step::Leave,
-            (_, Others::Rest) | (Some(Side::Back | Side::Foreign), _) => Step::Copy,
+            (_, Others::Rest) => Step::Copy,
+            _ if self.closing(entry) => Step::Leave,
             (Some(Side::Forward), _) if self.undecided(entry) => Step::Leave,
-            (Some(Side::Forward), _) => Step::Copy,
+            (Some(Side::Forward | Side::Back | Side::Foreign), _) => Step::Copy,
             (Some(Side::Reply | Side::Front), _) => Step::With(self.forward_key(entry)),
         }
     }
@@ -81,6 +83,11 @@ impl<'a> Entries<'a> {
     fn undecided(&self, entry: &[u8]) -> bool {
         let flags = field(&self.layout.value, "flags", entry).first().copied().unwrap_or(0);
         flags & (Bits::MASQ_NEEDED | Bits::MASQ_UNDECIDED) != 0 && flags & Bits::MASQ_DONE == 0
+    }
+
+    /// Whether it is closed on this side: the others may give its port to another flow, whose replies must not find it here.
+    pub(super) fn closing(&self, entry: &[u8]) -> bool {
+        field(&self.layout.value, "state", entry).first().is_some_and(|state| state & Bits::CLOSING != 0)
     }
 
     fn forward_key(&self, entry: &[u8]) -> Vec<u8> {
@@ -145,6 +152,19 @@ mod tests {
         ] {
             assert_eq!(step(side, flags, Others::Serve), now, "{side:?} {flags:#x}");
             assert_eq!(step(side, flags, Others::Rest), last, "{side:?} {flags:#x}");
+        }
+    }
+
+    #[test]
+    fn what_is_closed_comes_last() {
+        let layouts = ours();
+        let entries = Entries::new(&layouts["LB_FLOW4"]);
+        for side in ORDER {
+            for state in [Bits::FIN, Bits::RST | Bits::SEEN] {
+                let closed = Flow { state, ..flow(side, Bits::DNAT | Bits::MASQ_DONE) };
+                assert_eq!(entries.step(bytes_of(&closed), Others::Serve), Step::Leave, "{side:?}");
+                assert_eq!(entries.step(bytes_of(&closed), Others::Rest), Step::Copy, "{side:?}");
+            }
         }
     }
 

@@ -140,8 +140,10 @@ impl Move<'_> {
                         ends.lookup(&forward, new)?.is_some_and(|there| entries.same_origin(&there, value))
                     }
                 };
+                // The port of a closed one may be another flow's by now, there.
+                let how = if entries.closing(value) { syscall::Update::New } else { self.how };
                 if now {
-                    ends.put(key, value, self.how, &mut count)?;
+                    ends.put(key, value, how, &mut count)?;
                 }
             }
         }
