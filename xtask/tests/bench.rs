@@ -49,9 +49,18 @@ fn every_mode_is_measured_drawn_and_compared() -> Result<()> {
         let figures = rows.as_array().into_iter().flatten();
         ensure!(figures.clone().all(|row| row["figure"]["median"].as_f64() > Some(0.0)), "{mode}: {rows:#}");
     }
+    let xdp: Vec<_> =
+        results["rows"].as_array().into_iter().flatten().filter(|row| row["mode"] == "ours_xdp").collect();
+    ensure!(!xdp.is_empty(), "nothing by XDP: {modes:#?}");
+    for row in xdp {
+        let from_outside = row["path"].as_str().is_some_and(|path| path.starts_with("node_port"));
+        ensure!(from_outside && row["figure"]["median"].as_f64() > Some(0.0), "{row:#}");
+    }
     ensure!(strings(&results["rows"], "family") == ["v4", "v6"]);
-    ensure!(strings(&results["changes"], "mode") == ["iptables", "nftables", "ours", "ours_sockets"]);
-    ensure!(strings(&results["processes"], "mode") == ["ours", "ours_sockets"]);
+    ensure!(
+        strings(&results["changes"], "mode") == ["iptables", "nftables", "ours", "ours_sockets", "ours_xdp"]
+    );
+    ensure!(strings(&results["processes"], "mode") == ["ours", "ours_sockets", "ours_xdp"]);
     ensure!(results["programs"].as_array().is_some_and(|programs| programs.len() > 10));
 
     let text = fs::read_to_string(dir.path().join("bench.md"))?;
