@@ -217,7 +217,8 @@ maps!(
 #[inline(always)]
 pub(crate) fn flow<'a, A: Maps>(key: &FlowKey<A>) -> Option<FlowRef<'a, A>> {
     // SAFETY: map values outlive the program's run (RCU), also when removed meanwhile.
-    A::flows().get_ptr_mut(key).and_then(NonNull::new).map(|at| unsafe { FlowRef::new(at) })
+    let at = key.in_words(|key| A::flows().get_ptr_mut(key));
+    at.and_then(NonNull::new).map(|at| unsafe { FlowRef::new(at) })
 }
 
 #[inline(always)]
@@ -236,7 +237,7 @@ pub(crate) fn put_flow<A: Maps>(key: &FlowKey<A>, flow: &Flow<A>, how: Put) -> R
 #[inline(always)]
 pub(crate) fn frontend<A: Maps>(key: &FrontendKey<A>) -> Option<&'static Frontend> {
     // SAFETY: without preallocation an element is never reused under a reader.
-    unsafe { A::frontends().get(key) }
+    key.in_words(|key| unsafe { A::frontends().get(key) })
 }
 
 #[inline(always)]

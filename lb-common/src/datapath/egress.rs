@@ -16,7 +16,9 @@ pub fn egress<A: Wire, P: Packet, K: Tables<A>>(packet: &mut P, kernel: &K) -> V
         Err(NotOurs::Fragment) => return Verdict::from_raw(fragments::later_at_egress(packet, kernel)),
     };
     if headers.more_fragments != 0 {
-        fragments::first_at_egress(packet, kernel, &headers);
+        // Never the headers' own address, so that they stay in registers.
+        let Some(headers) = kernel.launder(&headers) else { return Verdict::Pass };
+        fragments::first_at_egress(packet, kernel, headers);
     }
     whole(packet, kernel, &headers)
 }
@@ -41,24 +43,35 @@ fn whole<A: Wire, P: Packet, K: Tables<A>>(packet: &mut P, kernel: &K, headers: 
                 Some(entry) => entry,
                 None => return Verdict::Pass,
             },
-            UNKNOWN => {
-                let new = if leaves_here(kernel, headers) {
-                    masquerade::new_flow(packet, kernel, headers)
-                } else if kernel.stance() == stance::DRAIN {
-                    masquerade::NOT_WANTED
-                } else {
-                    return Verdict::Leave;
-                };
-                return Verdict::from_raw(match new {
-                    masquerade::NOT_WANTED => masqueraded::keep_port(packet, kernel, headers),
-                    outcome => outcome,
-                });
-            }
+            UNKNOWN => return unknown(packet, kernel, headers),
             _ => return Verdict::Leave,
         },
     };
     known(packet, kernel, headers, &entry)
         .unwrap_or_else(|| Verdict::from_raw(masquerade::decide(packet, kernel, headers, &entry)))
+}
+
+/// A packet of no known flow. Most are none of ours: what tells so comes first, and nothing is called for them.
+#[inline(always)]
+fn unknown<A: Wire, P: Packet, K: Tables<A>>(packet: &mut P, kernel: &K, headers: &Headers<A>) -> Verdict {
+    let begins = leaves_here(kernel, headers);
+    if !begins && kernel.stance() != stance::DRAIN {
+        return Verdict::Leave;
+    }
+    let Some(device) = kernel.device() else { return Verdict::Pass };
+    if begins {
+        if !masquerade::may_be_new_or_lost(headers) {
+            return Verdict::Pass;
+        }
+        if masquerade::wanted(kernel, headers, device) {
+            return Verdict::from_raw(masquerade::new_flow(packet, kernel, headers, device));
+        }
+    }
+    if masqueraded::may_be(kernel, headers, device) {
+        return Verdict::from_raw(masqueraded::keep_port(packet, kernel, headers, device));
+    }
+    // Nothing was done: it may be an answer that another version's program behind has to see to.
+    Verdict::Leave
 }
 
 /// What [`missing`] finds: there is an entry now; the flow is none of ours; nothing that belongs to it.

@@ -16,7 +16,9 @@ pub fn ingress<A: Wire, P: Packet, K: Tables<A>>(packet: &mut P, kernel: &K) -> 
         Err(NotOurs::Fragment) => return Verdict::from_raw(fragments::later_at_ingress(packet, kernel)),
     };
     if headers.more_fragments != 0 {
-        fragments::first_at_ingress(packet, kernel, &headers);
+        // Never the headers' own address, so that they stay in registers.
+        let Some(headers) = kernel.launder(&headers) else { return Verdict::Pass };
+        fragments::first_at_ingress(packet, kernel, headers);
     }
     whole(packet, kernel, &headers)
 }

@@ -17,23 +17,14 @@ const CLOSED_TRIES: u32 = 16;
 /// Ports looked at for the one that a flow has already: with one in two taken, it is among these 255 times of 256.
 const OWN_TRIES: u32 = 8;
 
-/// What [`new_flow`] says of packets that keep their source, for all that it knows.
-pub(super) const NOT_WANTED: Outcome = 0x401;
-
-/// A packet of no known flow leaves: does it start one that has to be masqueraded?
+/// A packet of no known flow leaves that has to be masqueraded: it starts one, or has lost it.
 #[inline(never)]
 pub(super) fn new_flow<A: Wire, P: Packet, K: Tables<A>>(
     packet: &mut P,
     kernel: &K,
     headers: &Headers<A>,
+    device: &Device,
 ) -> Outcome {
-    let Some(device) = kernel.device() else { return Verdict::Pass.raw() };
-    if !may_be_lost(headers) && !headers.starts_flow() {
-        return Verdict::Pass.raw();
-    }
-    if !wanted(kernel, headers, device) {
-        return NOT_WANTED;
-    }
     let Some(draft) = kernel.draft() else { return Verdict::Pass.raw() };
     draft.write(Flow::straight(&headers.key, kernel.now()));
     if headers.starts_flow() {
@@ -105,16 +96,16 @@ pub(super) fn renew<A: Addr, K: Flows<A>>(kernel: &K, flow: &Flow<A>) {
     }
 }
 
-/// Whether this is the middle of a connection, whose entry may have been lost. If none of its ports was ever taken, it
-/// is one that was exempt when it began, and stays as it is.
+/// Whether this starts a flow, or is the middle of a connection, whose entry may have been lost. If none of its ports was
+/// ever taken, it is one that was exempt when it began, and stays as it is.
 #[inline(always)]
-fn may_be_lost<A>(headers: &Headers<A>) -> bool {
-    matches!(headers.kind, Kind::Tcp(flags) if flags & tcp_flags::RST == 0)
+pub(super) fn may_be_new_or_lost<A>(headers: &Headers<A>) -> bool {
+    headers.starts_flow() || matches!(headers.kind, Kind::Tcp(flags) if flags & tcp_flags::RST == 0)
 }
 
 /// flannel's rule: from a pod of the cluster to anywhere else.
 #[inline(always)]
-fn wanted<A: Addr, K: Tables<A>>(kernel: &K, headers: &Headers<A>, device: &Device) -> bool {
+pub(super) fn wanted<A: Addr, K: Tables<A>>(kernel: &K, headers: &Headers<A>, device: &Device) -> bool {
     let (src, dst) = (headers.key.src, headers.key.dst);
     device.flags & Device::MASQUERADE != 0
         && src != A::masquerade_addr(device)

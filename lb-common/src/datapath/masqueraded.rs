@@ -18,16 +18,15 @@ pub(super) fn at_this_device<A: Addr, K: Kernel>(kernel: &K, entry: &Flow<A>) ->
     entry.side == Side::Back as u8 && entry.masq_device == kernel.device_index() as DeviceIndex
 }
 
-/// A packet of no known flow leaves, and is not to be masqueraded: keeps others off its port, or gives it a free one.
+/// A packet of no known flow leaves as [`may_be`] says, and is not to be masqueraded: keeps others off its port, or gives it a free one.
 #[inline(never)]
 pub(super) fn keep_port<A: Wire, P: Packet, K: Tables<A>>(
     packet: &mut P,
     kernel: &K,
     headers: &Headers<A>,
+    device: &Device,
 ) -> Outcome {
-    let Some(device) = kernel.device() else { return Verdict::Pass.raw() };
-    if !is_masqueraded(kernel, headers, device) {
-        // Nothing was done: it may be an answer that another version's program behind has to see to.
+    if !is_masqueraded(kernel, headers) {
         return Verdict::Leave.raw();
     }
     let Some(draft) = kernel.draft() else { return Verdict::Pass.raw() };
@@ -53,17 +52,19 @@ pub(super) fn keep_port<A: Wire, P: Packet, K: Tables<A>>(
     }
 }
 
-/// Whether it leaves from an address and port that we might masquerade to, and is neither from a socket of the node (whose
-/// ports we ask for) nor a Service's.
+/// Whether it leaves from an address and port that we might masquerade to.
 #[inline(always)]
-fn is_masqueraded<A: Addr, K: Tables<A>>(kernel: &K, headers: &Headers<A>, device: &Device) -> bool {
+pub(super) fn may_be<A: Addr, K: Kernel>(kernel: &K, headers: &Headers<A>, device: &Device) -> bool {
     let (key, (first, last)) = (&headers.key, kernel.masquerade_ports());
-    if !(first..=last).contains(&key.sport.get())
-        || key.src != A::masquerade_addr(device)
-        || key.dst.is_local_scope()
-    {
-        return false;
-    }
+    (first..=last).contains(&key.sport.get())
+        && key.src == A::masquerade_addr(device)
+        && !key.dst.is_local_scope()
+}
+
+/// Whether such a packet is neither from a socket of the node (whose ports we ask for) nor a Service's.
+#[inline(always)]
+fn is_masqueraded<A: Addr, K: Tables<A>>(kernel: &K, headers: &Headers<A>) -> bool {
+    let key = &headers.key;
     let back = key.reversed();
     (kernel.flow(&back).is_some() || key.proto == A::ICMP || !kernel.socket_wants(&back))
         && kernel.frontend(&FrontendKey::new(key.src, key.sport, key.proto)).is_none()

@@ -49,12 +49,12 @@ impl Bare for Ip4 {
     #[inline(always)]
     fn flow(key: &FlowKey<Self>) -> Option<To<Self>> {
         // SAFETY: nothing writes while the test runs.
-        unsafe { BARE_FLOW4.get(key) }.copied()
+        key.in_words(|key| unsafe { BARE_FLOW4.get(key) }).copied()
     }
 
     #[inline(always)]
     fn front(key: &FrontendKey<Self>) -> bool {
-        BARE_FRONT4.get_ptr(key).is_some()
+        key.in_words(|key| BARE_FRONT4.get_ptr(key)).is_some()
     }
 
     #[inline(always)]
@@ -76,12 +76,12 @@ impl Bare for Ip6 {
     #[inline(always)]
     fn flow(key: &FlowKey<Self>) -> Option<To<Self>> {
         // SAFETY: as above.
-        unsafe { BARE_FLOW6.get(key) }.copied()
+        key.in_words(|key| unsafe { BARE_FLOW6.get(key) }).copied()
     }
 
     #[inline(always)]
     fn front(key: &FrontendKey<Self>) -> bool {
-        BARE_FRONT6.get_ptr(key).is_some()
+        key.in_words(|key| BARE_FRONT6.get_ptr(key)).is_some()
     }
 
     #[inline(always)]
