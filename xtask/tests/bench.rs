@@ -45,7 +45,12 @@ fn every_mode_is_measured_drawn_and_compared() -> Result<()> {
         let rows = Value::Array(rows.cloned().collect());
         let ways = if mode == "ours_sockets" { 2 } else { 5 };
         ensure!(strings(&rows, "path").len() == ways, "{mode}: {rows:#}");
-        ensure!(strings(&rows, "load") == ["connections", "packets"], "{mode}: {rows:#}");
+        let loads: &[_] = if mode == "ours_sockets" {
+            &["connections", "packets"]
+        } else {
+            &["connections", "forwarded", "packets"]
+        };
+        ensure!(strings(&rows, "load") == loads, "{mode}: {rows:#}");
         let figures = rows.as_array().into_iter().flatten();
         ensure!(figures.clone().all(|row| row["figure"]["median"].as_f64() > Some(0.0)), "{mode}: {rows:#}");
     }
@@ -61,7 +66,13 @@ fn every_mode_is_measured_drawn_and_compared() -> Result<()> {
         strings(&results["changes"], "mode") == ["iptables", "nftables", "ours", "ours_sockets", "ours_xdp"]
     );
     ensure!(strings(&results["processes"], "mode") == ["ours", "ours_sockets", "ours_xdp"]);
-    ensure!(results["programs"].as_array().is_some_and(|programs| programs.len() > 10));
+    let programs = results["programs"].as_array().context("no programs")?;
+    ensure!(programs.len() > 10);
+    let of_xdp = programs.iter().filter(|program| program["hook"] == "xdp");
+    ensure!(of_xdp.clone().count() == 3, "{programs:#?}");
+    for family in of_xdp.filter_map(|program| program["families"].as_array()).flatten() {
+        ensure!(family["nanoseconds"]["median"].as_f64() > Some(0.0), "{family:#}");
+    }
 
     let text = fs::read_to_string(dir.path().join("bench.md"))?;
     for plot in

@@ -2,7 +2,7 @@
 
 use std::fs;
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, ensure};
 use nix::sched::{CpuSet, sched_getaffinity, sched_setaffinity};
 use nix::time::{clock_getcpuclockid, clock_gettime};
 use nix::unistd::Pid;
@@ -33,6 +33,15 @@ pub(super) fn pin_process(pid: u32, core: usize) -> Result<()> {
         let tid = task.file_name().to_string_lossy().parse()?;
         set(Pid::from_raw(tid), core)?;
     }
+    Ok(())
+}
+
+/// Lets a thread run before all others as soon as it has something to do.
+pub(super) fn before_others(pid: u32) -> Result<()> {
+    let least = libc::sched_param { sched_priority: 1 };
+    // SAFETY: the kernel reads the parameters.
+    let result = unsafe { libc::sched_setscheduler(pid as i32, libc::SCHED_FIFO, &raw const least) };
+    ensure!(result == 0, "thread {pid} before others: {}", std::io::Error::last_os_error());
     Ok(())
 }
 

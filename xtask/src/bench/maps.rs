@@ -5,7 +5,8 @@ use std::os::fd::{AsFd, AsRawFd};
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result};
-use aya::maps::MapData;
+use aya::maps::{Map, MapData, PerCpuArray};
+use lb_common::datapath::Reason;
 
 use crate::lab::Host;
 
@@ -34,6 +35,12 @@ pub(super) fn open(node: &Host, name: &str) -> Result<MapData> {
     let pin = pins.iter().find(|pin| pin.file_name().is_some_and(|n| n == name));
     let pin = pin.with_context(|| format!("no map {name} on {}", node.name()))?;
     MapData::from_pin(pin).with_context(|| format!("opening {}", pin.display()))
+}
+
+/// How often an agent's programs have counted something.
+pub(super) fn counted(node: &Host, reason: Reason) -> Result<u64> {
+    let counters: PerCpuArray<_, u64> = Map::PerCpuArray(open(node, "LB_COUNT")?).try_into()?;
+    Ok(counters.get(&(reason as u32), 0)?.iter().sum())
 }
 
 /// Bytes of kernel memory that the pinned maps take. Since Linux 6.4 what they use, before what they may use at most.

@@ -20,6 +20,7 @@ mod report;
 mod results;
 mod services;
 mod stats;
+mod through;
 mod topology;
 mod traffic;
 
@@ -32,6 +33,7 @@ use clap::Subcommand;
 use crate::agent;
 use crate::system::workspace;
 use family::IpFamily;
+use load::Load;
 use mode::{Mode, Tools};
 use plan::{Budget, Depth};
 use results::Results;
@@ -117,8 +119,15 @@ pub fn run(args: Args) -> Result<()> {
     let modes: Vec<Mode> = available.iter().filter(|a| a.by.is_ok()).map(|a| a.mode).collect();
     let mut results = Results::new(machine, available);
     print!("{}", report::head(&results));
+    let forwards = through::possible(&results.machine.kernel);
+    if let Err(why) = &forwards {
+        results.omitted.push(format!("{}, forwarded by XDP: {why}", Load::Forwarded.name()));
+    }
     let traffic = tools.as_ref().map_or(Ok(()), |tools| {
-        let blocks = plan::blocks(depth, &args.services()?, &IpFamily::ALL);
+        let mut blocks = plan::blocks(depth, &args.services()?, &IpFamily::ALL);
+        for block in &mut blocks {
+            block.cells.retain(|cell| cell.load != Load::Forwarded || forwards.is_ok());
+        }
         let budget = Budget::new(args.time());
         traffic::measure(&mut Run { tools, depth, core, modes, budget }, &blocks, &mut results)
     });
@@ -127,6 +136,9 @@ pub fn run(args: Args) -> Result<()> {
         results.omitted.push(format!("the rest of the traffic: {error:#}"));
     }
     results.programs = programs::measure(core, depth)?;
+    if forwards.is_ok() {
+        results.programs.extend(programs::forwarded(&exe, core, depth)?);
+    }
     print!("{}", report::body(&results));
     let out = args.out.unwrap_or_else(|| workspace().join("target/bench"));
     report::write(&results, &out)?;

@@ -52,6 +52,15 @@ impl Depth {
         }
     }
 
+    /// Turns of each way of forwarding, and packets in a turn.
+    pub(super) fn forwarded(self) -> (usize, u32) {
+        match self {
+            Self::Full => (21, 100_000),
+            Self::Quick => (7, 40_000),
+            Self::Smoke => (1, 5000),
+        }
+    }
+
     /// Most changes that are waited for, and the longest that they may take together, in each state of the cluster.
     pub(super) fn changes(self) -> (usize, Duration) {
         match self {
@@ -88,22 +97,28 @@ impl Depth {
         let rest = || Load::ALL.into_iter().filter(|&load| load != Load::Connections);
         match (self, family) {
             (Self::Full, _) if is_edge => {
-                cells.extend(
-                    Path::ALL.into_iter().flat_map(|path| rest().map(move |load| Cell { path, load })),
-                );
+                cells.extend(Path::ALL.into_iter().flat_map(|path| {
+                    rest().filter(move |l| l.is_for(path)).map(move |load| Cell { path, load })
+                }));
             }
             (Self::Quick, IpFamily::V4) if is_last => {
-                cells.extend(rest().map(|load| Cell { path: Path::SameNode, load }));
+                let same = rest().filter(|load| load.is_for(Path::SameNode));
+                cells.extend(same.map(|load| Cell { path: Path::SameNode, load }));
+                cells.push(Cell { path: Path::NodePortThere, load: Load::Forwarded });
                 for path in [Path::NodePortThere, Path::Outside] {
                     cells.extend([Load::TcpTrips, Load::Packets].map(|load| Cell { path, load }));
                 }
             }
             (Self::Quick, IpFamily::V6) if is_last => {
+                cells.push(Cell { path: Path::NodePortThere, load: Load::Forwarded });
                 for path in [Path::SameNode, Path::NodePortThere] {
                     cells.extend([Load::TcpTrips, Load::Packets].map(|load| Cell { path, load }));
                 }
             }
-            (Self::Smoke, _) => cells.push(Cell { path: Path::SameNode, load: Load::Packets }),
+            (Self::Smoke, _) => {
+                cells.push(Cell { path: Path::SameNode, load: Load::Packets });
+                cells.push(Cell { path: Path::NodePortThere, load: Load::Forwarded });
+            }
             _ => {}
         }
         cells
@@ -241,9 +256,9 @@ fn control(depth: Depth, modes: &[Mode]) -> f64 {
 /// Seconds that the programs take.
 fn programs(depth: Depth) -> f64 {
     match depth {
-        Depth::Full => 90.0,
-        Depth::Quick => 10.0,
-        Depth::Smoke => 1.0,
+        Depth::Full => 100.0,
+        Depth::Quick => 15.0,
+        Depth::Smoke => 4.0,
     }
 }
 
@@ -277,7 +292,7 @@ mod tests {
     fn a_full_grid_has_every_load_on_every_way_at_both_ends() {
         let blocks = blocks(Depth::Full, &[1, 100, 1000], &[IpFamily::V4]);
         let count = |n| blocks.iter().filter(|b| b.services == n).map(|b| b.cells.len()).sum::<usize>();
-        assert_eq!((count(1), count(100), count(1000)), (30, 5, 30));
+        assert_eq!((count(1), count(100), count(1000)), (31, 5, 31));
     }
 
     #[test]

@@ -145,6 +145,7 @@ fn take(
     (cells_left, this, later): (usize, &Block, &[Block]),
 ) -> Result<Turns> {
     let mut sites: Vec<_> = sites.iter_mut().filter(|site| site.mode.is_for(cell.path)).collect();
+    sites.iter_mut().try_for_each(|site| site.prepare(cell.path, cell.load))?;
     let mut turns = Turns::new(sites.iter().map(|site| site.mode));
     let mut count = cell.load.first_count();
     let mut one_round = |round: usize, count: u64, turns: Option<&mut Turns>| -> Result<f64> {

@@ -16,6 +16,7 @@ use nix::sys::stat::Mode;
 use serde::{Deserialize, Serialize};
 
 use super::net::{self, Net};
+use super::offload::{self, Offload};
 use super::{netns, owner};
 
 /// What a host is in the lab.
@@ -148,6 +149,12 @@ impl Host {
             };
             net.route(to, prefix, via, onlink).await
         })
+    }
+
+    /// Whether a device makes one packet of several that arrive (GRO), for which a veth has a place where drivers can put
+    /// packets.
+    pub(crate) fn gather(&self, dev: &str, on: bool) -> Result<()> {
+        self.run_in(|| offload::set(dev, Offload::Gro, on))?
     }
 
     /// Writes a network sysctl, named as for `sysctl(8)` without the leading `net.`: `ipv4.ip_forward`.

@@ -231,13 +231,18 @@ impl Lab {
         Ok(())
     }
 
-    /// Makes the way to the nodes one for XDP, which veths are not by themselves: what arrives has whole checksums, as from a
-    /// wire, and the other ends of the nodes' devices take packets that come from a driver.
+    /// Makes the way to the nodes one for XDP, which veths are not by themselves: see [`Self::like_wires`].
     pub fn for_xdp(&self) -> Result<()> {
+        self.like_wires(true)
+    }
+
+    /// Whether what arrives at the nodes has whole checksums, as from a wire, and the other ends of their devices take
+    /// packets that come from a driver.
+    pub fn like_wires(&self, yes: bool) -> Result<()> {
         self.wire.run_in(|| {
             self.nodes.iter().try_for_each(|node| {
-                offload::set(&node.name, Offload::SentChecksums, false)?;
-                offload::set(&node.name, Offload::Gro, true)
+                offload::set(&node.name, Offload::SentChecksums, !yes)?;
+                offload::set(&node.name, Offload::Gro, yes)
             })
         })?
     }

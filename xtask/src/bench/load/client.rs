@@ -25,6 +25,13 @@ pub(in crate::bench) struct Turn {
     pub(in crate::bench) done: u64,
 }
 
+impl Turn {
+    /// So many operations, none of which is timed.
+    pub(in crate::bench) fn uniform(done: u64, seconds: f64) -> Self {
+        Self { whole: Times::new(), connect: Times::new(), rate: done as f64 / seconds, done }
+    }
+}
+
 /// A process of the benchmark's; it ends with this value.
 #[derive(Debug)]
 struct Worker(Child);

@@ -4,7 +4,7 @@ use std::io::{self, BufRead, Read, Write};
 use std::net::{SocketAddr, TcpStream};
 use std::time::{Duration, Instant};
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Context, Result, bail, ensure};
 use nix::time::{ClockId, clock_gettime};
 
 use super::{Answered, Ends, Load, Measured, OPERATION, Task, datagrams, says, stream};
@@ -55,6 +55,7 @@ fn measure(load: Load, count: u64, to: &[SocketAddr]) -> Result<(Measured, [Vec<
         Load::TcpTrips => round_trips(whole, first)?,
         Load::UdpTrips => datagrams::round_trips(whole, first)?,
         Load::Packets => done = datagrams::packets(count, first)?,
+        Load::Forwarded => bail!("no client sends what is only forwarded"),
         Load::Stream => took = Some(stream::send(count * OPERATION as u64, 1, first)?),
         Load::Streams => {
             // As many for each of the eight.

@@ -11,6 +11,8 @@ use std::net::{IpAddr, SocketAddr};
 
 use serde::{Deserialize, Serialize};
 
+use super::topology::Path;
+
 pub(super) use client::{Client, Server, Turn, Watching};
 pub(super) use drive::Drive;
 pub(super) use serve::Serve;
@@ -47,6 +49,8 @@ pub(super) enum Load {
     UdpTrips,
     /// Frames of 64 bytes over one UDP socket, one way.
     Packets,
+    /// The same, but without client and server: the driver's end of the node's wire, and only what the node spends.
+    Forwarded,
     /// Bytes over one connection, one way.
     Stream,
     /// Bytes over eight connections, one way.
@@ -55,8 +59,15 @@ pub(super) enum Load {
 
 impl Load {
     /// All of them.
-    pub(super) const ALL: [Self; 6] =
-        [Self::Connections, Self::TcpTrips, Self::UdpTrips, Self::Packets, Self::Stream, Self::Streams];
+    pub(super) const ALL: [Self; 7] = [
+        Self::Connections,
+        Self::TcpTrips,
+        Self::UdpTrips,
+        Self::Packets,
+        Self::Forwarded,
+        Self::Stream,
+        Self::Streams,
+    ];
 
     /// In words.
     pub(super) fn name(self) -> &'static str {
@@ -65,6 +76,7 @@ impl Load {
             Self::TcpTrips => "TCP round trips",
             Self::UdpTrips => "UDP round trips",
             Self::Packets => "64-byte UDP packets",
+            Self::Forwarded => "forwarded packets",
             Self::Stream => "TCP stream",
             Self::Streams => "8 TCP streams",
         }
@@ -73,7 +85,7 @@ impl Load {
     /// The transport below.
     pub(super) fn transport(self) -> Transport {
         match self {
-            Self::UdpTrips | Self::Packets => Transport::Udp,
+            Self::UdpTrips | Self::Packets | Self::Forwarded => Transport::Udp,
             _ => Transport::Tcp,
         }
     }
@@ -83,11 +95,16 @@ impl Load {
         matches!(self, Self::Connections | Self::TcpTrips | Self::UdpTrips)
     }
 
+    /// Whether there is anything to measure on a way: what is forwarded leaves by the device that it came by.
+    pub(super) fn is_for(self, path: Path) -> bool {
+        self != Self::Forwarded || path == Path::NodePortThere
+    }
+
     /// Unit of its figure, and how many of that an operation a second is.
     pub(super) fn unit(self) -> (&'static str, f64) {
         match self {
             Self::Connections | Self::TcpTrips | Self::UdpTrips => ("µs p50", 1.0),
-            Self::Packets => ("kpacket/s", 1e-3),
+            Self::Packets | Self::Forwarded => ("kpacket/s", 1e-3),
             Self::Stream | Self::Streams => ("Gbit/s", OPERATION as f64 * 8e-9),
         }
     }
@@ -97,7 +114,7 @@ impl Load {
         match self {
             Self::Connections => "connection",
             Self::TcpTrips | Self::UdpTrips => "round trip",
-            Self::Packets => "packet",
+            Self::Packets | Self::Forwarded => "packet",
             Self::Stream | Self::Streams => "64 KiB",
         }
     }
@@ -107,7 +124,7 @@ impl Load {
         match self {
             Self::Connections => 200,
             Self::TcpTrips | Self::UdpTrips => 1000,
-            Self::Packets => 64 * WINDOW as u64,
+            Self::Packets | Self::Forwarded => 64 * WINDOW as u64,
             Self::Stream | Self::Streams => 512,
         }
     }

@@ -3,7 +3,6 @@
 use std::net::IpAddr;
 
 use anyhow::{Result, ensure};
-use aya::maps::{Map, PerCpuArray};
 use lb_common::datapath::Reason;
 
 use super::Mode;
@@ -28,14 +27,9 @@ impl Counts {
             // No connection tracking in this kernel, or none yet.
             Err(_) => 0,
         };
-        let flows = if mode.is_ours() { new_flows(node)? } else { 0 };
+        let flows = if mode.is_ours() { maps::counted(node, Reason::NewFlow)? } else { 0 };
         Ok(Self { tracked, flows })
     }
-}
-
-fn new_flows(node: &Host) -> Result<u64> {
-    let counters: PerCpuArray<_, u64> = Map::PerCpuArray(maps::open(node, "LB_COUNT")?).try_into()?;
-    Ok(counters.get(&(Reason::NewFlow as u32), 0)?.iter().sum())
 }
 
 /// Whom the server takes for its client.

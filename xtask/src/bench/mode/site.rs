@@ -12,6 +12,7 @@ use super::tools::Tools;
 use crate::bench::cores::{self, SoftIrqs};
 use crate::bench::load::{Client, Load, Server, Turn};
 use crate::bench::services::{self, Cluster, Service};
+use crate::bench::through::{Forwarded, Through};
 use crate::bench::topology::{self, Path};
 use crate::lab::{ApiServer, Lab};
 
@@ -32,6 +33,8 @@ pub(in crate::bench) struct Site {
     outside: Client,
     servers: Vec<Server>,
     softirqs: SoftIrqs,
+    through: Option<Through>,
+    core: usize,
     lab: Lab,
     pub(in crate::bench) programmed: Option<Programmed>,
 }
@@ -72,9 +75,6 @@ impl Site {
             node.sysctl("netfilter.nf_conntrack_tcp_timeout_time_wait", "5")?;
         }
         topology::add_endpoints(&lab)?;
-        if mode == Mode::OursXdp {
-            lab.for_xdp()?;
-        }
         if mode == Mode::Direct {
             topology::route_pods(&lab)?;
         }
@@ -88,7 +88,8 @@ impl Site {
         let (pod, outside) = (Client::start(&lab.pod(0, 0), core)?, Client::start(lab.client(), core)?);
         let (proxy, programmed) = Proxy::start(mode, tools, &lab, cluster)
             .with_context(|| format!("{} Services in mode {}", cluster.all.len(), mode.name()))?;
-        Ok(Self { mode, proxy, pod, outside, servers, softirqs: SoftIrqs::of(core), lab, programmed })
+        let softirqs = SoftIrqs::of(core);
+        Ok(Self { mode, proxy, pod, outside, servers, softirqs, through: None, core, lab, programmed })
     }
 
     /// Whether bridged packets pass netfilter, as the nodes have it now: whoever serves them may have changed it.
@@ -133,7 +134,18 @@ impl Site {
         Ok(sum)
     }
 
-    /// Takes a turn.
+    /// Makes it ready for a load on a way.
+    pub(in crate::bench) fn prepare(&mut self, path: Path, load: Load) -> Result<()> {
+        self.through = None;
+        // What comes from outside comes by a wire, whatever serves it.
+        self.lab.like_wires(path.is_from_outside())?;
+        if load == Load::Forwarded {
+            self.through = Some(Through::new(&self.lab, self.core)?);
+        }
+        Ok(())
+    }
+
+    /// Takes a turn of what it was made ready for.
     pub(in crate::bench) fn measure(
         &mut self,
         path: Path,
@@ -143,6 +155,11 @@ impl Site {
         round: usize,
     ) -> Result<Paid> {
         let to = path.targets(self.mode, &self.lab, cluster, load.transport(), round)?;
+        if let Some(through) = &mut self.through {
+            let from = SocketAddr::new(cluster.family.pick(self.lab.client().ips()), 0);
+            let Forwarded { packets, cpu } = through.turn(from, to[0], count)?;
+            return Ok(Paid { turn: Turn::uniform(packets, cpu), cpu });
+        }
         let before = self.cpu(path)?;
         let turn = self.client(path).measure(load, count, &to);
         let turn = turn.with_context(|| format!("{} to {}, {}", self.mode.name(), to[0], path.name()))?;
@@ -156,6 +173,7 @@ impl Site {
     pub(in crate::bench) fn verify(&mut self, path: Path, cluster: &Cluster, fresh: bool) -> Result<()> {
         const CONNECTIONS: u64 = 200;
         let (mode, load) = (self.mode, Load::Connections);
+        self.prepare(path, load)?;
         let to = path.targets(mode, &self.lab, cluster, load.transport(), 0)?;
         let before = Counts::of(self.lab.node(0), mode)?;
         self.client(path).measure(load, CONNECTIONS, &to)?;

@@ -85,9 +85,23 @@ pub(super) fn all<A: Family>() -> Result<Vec<Case<A>>> {
         other("none of ours, TCP", "egress", On::Pod, OUTSIDE, client(40009))?,
         other("none of ours, the node's own", "egress", On::Uplink, node(40010), OUTSIDE)?,
         other("none of ours, pod to pod", "egress", On::Uplink, client(40011), BACKEND)?,
-        new("new flow: pod → ClusterIP", REQUEST, ("ingress", On::Pod), End(Who::Vip, 80), 60_000)?,
+        new("new flow: pod → ClusterIP", REQUEST, ("ingress", On::Pod), End(Who::Vip, 80), (60_000, 60_000))?,
+        new(
+            "new flow, 8 at a time: pod → ClusterIP",
+            REQUEST,
+            ("ingress", On::Pod),
+            End(Who::Vip, 80),
+            (800, 8),
+        )?,
         // One destination has 20,000 ports to masquerade to.
-        new("new flow: pod → outside", OUT, ("egress", On::Uplink), End(Who::Outside, 80), 8_000)?,
+        new("new flow: pod → outside", OUT, ("egress", On::Uplink), End(Who::Outside, 80), (8_000, 8_000))?,
+        new(
+            "new flow, 8 at a time: pod → outside",
+            OUT,
+            ("egress", On::Uplink),
+            End(Who::Outside, 80),
+            (800, 8),
+        )?,
     ])
 }
 
@@ -135,17 +149,17 @@ fn other<A: Family>(name: &'static str, hook: &'static str, on: On, src: End, ds
     Ok(Case { name, hook, on, work: Work::Pass, limit: (Floor::Miss, 1.3), packet, flows: Vec::new() })
 }
 
-/// The first packets of `count` flows; `then` is the case of the same flow's later packets.
+/// The first packets of `count` flows, `at_once` without removing any; `then` is the case of the same flow's later packets.
 fn new<A: Family>(
     name: &'static str,
     then: &'static str,
     (hook, on): (&'static str, On),
     dst: End,
-    count: u32,
+    (count, at_once): (u32, u32),
 ) -> Result<Case<A>> {
     let packet = packet::build::<A>(End(Who::Client, 1), dst, Transport::Syn, true)?;
     let limit = (Floor::Established(then), 6.0);
-    Ok(Case { name, hook, on, work: Work::Fresh(count), limit, packet, flows: Vec::new() })
+    Ok(Case { name, hook, on, work: Work::Fresh { count, at_once }, limit, packet, flows: Vec::new() })
 }
 
 /// A flow from a pod to a ClusterIP; nothing to masquerade.

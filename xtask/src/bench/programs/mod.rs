@@ -6,6 +6,7 @@
 //! little program that runs first, whose own cost is measured and taken off ([`Work::Fresh`]).
 
 mod cases;
+mod forwarded;
 mod objects;
 
 use anyhow::{Context, Result};
@@ -19,6 +20,8 @@ use super::packet::Family;
 use super::plan::Depth;
 use super::stats::Spread;
 use cases::{Case, Floor};
+pub(super) use forwarded::measure as forwarded;
+pub(super) use objects::object;
 use objects::{Loaded, Own, time};
 
 /// What a packet costs.
@@ -60,8 +63,9 @@ enum Work {
     Pass,
     /// Rewrites it; the next repetition rewrites it back.
     Rewrite,
-    /// Enters a new flow and rewrites it: that many in a turn, three entries each.
-    Fresh(u32),
+    /// Enters a new flow and rewrites it: that many in a turn, three entries each. So many of them follow one another; then all
+    /// are removed.
+    Fresh { count: u32, at_once: u32 },
 }
 
 /// The bare programs, in the order in which they are measured.
@@ -105,7 +109,7 @@ impl<A: Family> Turns<A> {
             times.push(own.bare::<A>(*floor, packets)?);
         }
         for (case, times) in self.cases.iter().zip(&mut self.times) {
-            times.push(lb.measure(own, case, empty, packets)?);
+            times.push(lb.measure(own, (case, &self.cases), empty, packets)?);
         }
         Ok(())
     }

@@ -37,7 +37,7 @@ fn cpu_time() -> f64 {
 }
 
 /// An object that the last build left.
-fn object(name: &str) -> Result<PathBuf> {
+pub(in crate::bench) fn object(name: &str) -> Result<PathBuf> {
     let path = workspace().join("target/ebpf/bpfel-unknown-none/ebpf").join(name);
     ensure!(path.is_file(), "no kernel programs at {}: cargo build -p lb-agent", path.display());
     Ok(path)
@@ -221,23 +221,35 @@ impl Loaded {
     pub(super) fn measure<A: Family>(
         &mut self,
         own: &mut Own,
-        case: &Case<A>,
+        (case, cases): (&Case<A>, &[Case<A>]),
         bare: f64,
         packets: u32,
     ) -> Result<f64> {
         self.device(case.on)?;
-        let Work::Fresh(count) = case.work else {
+        let Work::Fresh { count, at_once } = case.work else {
             return time(program(&self.0, case.hook)?, &case.packet, packets);
         };
-        let before = self.new_flows()?;
-        let both = own.fresh_then(program(&self.0, case.hook)?, &case.packet, count)?;
-        let entered = self.new_flows()? - before;
-        ensure!(entered == u64::from(count), "{}: {entered} of {count} flows were entered", case.name);
-        let Own(ebpf) = &own;
-        let empty = program(ebpf, "empty")?.fd()?.try_clone()?;
-        let mut slot: ProgramArray<&mut MapData> = map(&mut own.0, "NEXT")?.try_into()?;
-        slot.set(0, &empty, 0)?;
-        Ok(both - time(own.program("fresh")?, &case.packet, count)? + bare)
+        let turns = count / at_once;
+        let (mut both, mut alone) = (0.0, 0.0);
+        for turn in 0..turns {
+            if turn > 0 {
+                self.reset(cases)?;
+            }
+            let before = self.new_flows()?;
+            both += own.fresh_then(program(&self.0, case.hook)?, &case.packet, at_once)?;
+            let entered = self.new_flows()? - before;
+            ensure!(
+                entered == u64::from(at_once),
+                "{}: {entered} of {at_once} flows were entered",
+                case.name
+            );
+            let Own(ebpf) = &own;
+            let empty = program(ebpf, "empty")?.fd()?.try_clone()?;
+            let mut slot: ProgramArray<&mut MapData> = map(&mut own.0, "NEXT")?.try_into()?;
+            slot.set(0, &empty, 0)?;
+            alone += time(own.program("fresh")?, &case.packet, at_once)?;
+        }
+        Ok((both - alone) / f64::from(turns) + bare)
     }
 
     /// Sees to it that a case is what its name says: what is measured is the rewrite, not an early way out.
@@ -250,7 +262,7 @@ impl Loaded {
             && match case.work {
                 Work::Pass => !rewritten,
                 Work::Rewrite => rewritten && run(program, &case.packet, 2)?.1 == case.packet,
-                Work::Fresh(_) => rewritten,
+                Work::Fresh { .. } => rewritten,
             };
         if !right {
             bail!(

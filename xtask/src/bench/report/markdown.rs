@@ -75,7 +75,7 @@ fn traffic(results: &Results, load: Load, out: &mut String) {
     if load == Load::Connections {
         head.push("connect p50/p90/p99");
     }
-    if load == Load::Packets {
+    if matches!(load, Load::Packets | Load::Forwarded) {
         head.push("lost");
     }
     let cpu = format!("CPU µs/{}", load.operation());
@@ -106,7 +106,7 @@ fn traffic(results: &Results, load: Load, out: &mut String) {
                 }),
             );
         }
-        if load == Load::Packets {
+        if matches!(load, Load::Packets | Load::Forwarded) {
             cells.push(format!("{:.2} %", row.lost * 100.0));
         }
         cells.push(digits(row.cpu.median));

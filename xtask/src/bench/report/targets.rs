@@ -126,10 +126,12 @@ fn peers(results: &Results, targets: &mut Vec<Target>) {
         let what = format!("new connections to Services: speed over kube-proxy's, {}", mode.name());
         targets.push(Target::of(what, 1.0, true, compared(mode, to_services)));
     }
-    let there = |of: &Of| of.load == Load::Packets && of.path == Path::NodePortThere;
+    let there = |of: &Of| of.load == Load::Forwarded;
     for (mode, bar) in [(Mode::Ours, 1.5), (Mode::OursXdp, 3.0)] {
-        let what =
-            format!("outside → NodePort on the other node: packet rate over kube-proxy's, {}", mode.name());
+        let what = format!(
+            "outside → NodePort on the other node: packets forwarded over kube-proxy's, {}",
+            mode.name()
+        );
         targets.push(Target::of(&what, bar, true, compared(mode, there)));
     }
     let snat = |of: &Of| of.path == Path::Outside && matches!(of.load, Load::Connections | Load::Packets);

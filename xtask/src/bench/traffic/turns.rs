@@ -73,7 +73,10 @@ fn row(of: Of, mode: Mode, turns: &[One], figures: &[f64], direct: &[f64]) -> Ro
         connect: connect.quantiles(),
         rate: Spread::of(&rates),
         cpu: Spread::of(&cpu),
-        lost: if of.load == Load::Packets { 1.0 - (done as f64 / wanted as f64).min(1.0) } else { 0.0 },
+        lost: match of.load {
+            Load::Packets | Load::Forwarded => 1.0 - (done as f64 / wanted as f64).min(1.0),
+            _ => 0.0,
+        },
     }
 }
 
