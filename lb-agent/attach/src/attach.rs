@@ -2,7 +2,7 @@
 
 use crate::pins::{Pins, Place, Turn};
 use crate::snapshot::Link;
-use crate::{clsact, tcx};
+use crate::{clsact, syscall, tcx};
 use anyhow::{Context as _, Result};
 use aya::maps::{HashMap, Map, MapData};
 use aya::programs::tc::TcAttachType;
@@ -45,7 +45,8 @@ impl Hook {
 
 /// Whether the kernel has tcx links (6.6); otherwise clsact filters are used.
 pub fn has_tcx() -> bool {
-    SchedClassifier::query_tcx("lo", TcAttachType::Ingress).is_ok()
+    // The loopback device's index in every network namespace.
+    syscall::tcx_programs(1, Hook::Ingress).is_ok()
 }
 
 /// Pins a program, in place of a former one without a moment between.

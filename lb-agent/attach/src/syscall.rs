@@ -1,5 +1,6 @@
 //! The BPF system calls on links that aya does not have.
 
+use crate::attach::Hook;
 use aya::programs::ProgramFd;
 use std::ffi::CString;
 use std::io;
@@ -8,6 +9,7 @@ use std::os::unix::ffi::OsStrExt as _;
 use std::path::Path;
 
 const BPF_OBJ_GET: libc::c_long = 7;
+const BPF_PROG_QUERY: libc::c_long = 16;
 const BPF_LINK_UPDATE: libc::c_long = 29;
 const BPF_LINK_DETACH: libc::c_long = 34;
 
@@ -70,4 +72,51 @@ pub fn link_detach(link: BorrowedFd<'_>) -> io::Result<()> {
     // SAFETY: the attributes of this call are one word, which the kernel reads.
     let result = unsafe { libc::syscall(libc::SYS_bpf, BPF_LINK_DETACH, &raw const attr, size_of::<u32>()) };
     if result < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
+}
+
+/// The part of `union bpf_attr` for `BPF_PROG_QUERY`.
+#[repr(C)]
+struct ProgQuery {
+    index: u32,
+    attach_type: u32,
+    query_flags: u32,
+    attach_flags: u32,
+    ids: u64,
+    count: u32,
+    padding: u32,
+    // Flags of programs, links and flags of links are not asked for.
+    others: [u64; 3],
+    revision: u64,
+}
+
+/// The ids of the programs that are on a device by tcx, in their order. aya's question asks for more of each program, which
+/// takes `SYS_ADMIN`.
+///
+/// # Errors
+/// If there is no such device, or the kernel has no tcx.
+pub fn tcx_programs(index: u32, hook: Hook) -> io::Result<Vec<u32>> {
+    /// As many as the kernel lets there be.
+    const MOST: usize = 64;
+    let mut ids = [0_u32; MOST];
+    let mut attr = ProgQuery {
+        index,
+        attach_type: match hook {
+            Hook::Ingress => 46,
+            Hook::Egress => 47,
+        },
+        query_flags: 0,
+        attach_flags: 0,
+        ids: ids.as_mut_ptr() as u64,
+        count: MOST as u32,
+        padding: 0,
+        others: [0; 3],
+        revision: 0,
+    };
+    // SAFETY: the kernel writes into the attributes, whose size it is told, and at most `count` ids.
+    let result =
+        unsafe { libc::syscall(libc::SYS_bpf, BPF_PROG_QUERY, &raw mut attr, size_of::<ProgQuery>()) };
+    if result < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    Ok(ids.into_iter().take(attr.count as usize).collect())
 }

@@ -86,7 +86,7 @@ pub(crate) fn detach(pin: &Path) -> Result<()> {
 
 /// Whether the program with this id is on the device.
 pub(crate) fn is_attached(id: u32, device: &Link, hook: Hook) -> Result<bool> {
-    let (_, programs) = SchedClassifier::query_tcx(&device.name, hook.attach_type())
+    let programs = syscall::tcx_programs(device.index, hook)
         .with_context(|| format!("ask what is attached to {}", device.name))?;
-    Ok(programs.iter().any(|program| program.id() == id))
+    Ok(programs.contains(&id))
 }

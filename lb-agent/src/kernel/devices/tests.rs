@@ -46,7 +46,7 @@ fn load(pins: &Pins) -> Ebpf {
     ebpf
 }
 
-fn each_way(way: impl Fn(Pins, bool)) {
+fn each_way(way: impl Fn(Pins, bool) + Sync) {
     for tcx in [true, false] {
         // Kernels before 6.6 have the one way only; from then on both are tested.
         if tcx && !attach::has_tcx() {
@@ -54,8 +54,27 @@ fn each_way(way: impl Fn(Pins, bool)) {
         }
         let bpffs = Bpffs::new();
         unshare(CloneFlags::CLONE_NEWNET).expect(WHY_ROOT);
-        way(bpffs.pins.clone(), tcx);
+        // In a thread of its own, which gives up what the DaemonSet's agent does not have.
+        std::thread::scope(|scope| {
+            let container = scope.spawn(|| {
+                keep_the_agents_capabilities();
+                way(bpffs.pins.clone(), tcx);
+            });
+            container.join().expect("in a container's thread");
+        });
     }
+}
+
+/// Those of `manifests/base`: NET_ADMIN, PERFMON, BPF.
+fn keep_the_agents_capabilities() {
+    const KEPT: u64 = 1 << 12 | 1 << 38 | 1 << 39;
+    let header: [u32; 2] = [0x2008_0522, 0]; // version 3, this thread
+    let (low, high) = (KEPT as u32, (KEPT >> 32) as u32);
+    // Effective, permitted, inheritable: of the lower 32, then of the others.
+    let sets: [u32; 6] = [low, low, 0, high, high, 0];
+    // SAFETY: the kernel reads both, which have the sizes of this version.
+    let result = unsafe { libc::syscall(libc::SYS_capset, header.as_ptr(), sets.as_ptr()) };
+    assert_eq!(result, 0, "{}", std::io::Error::last_os_error());
 }
 
 #[test]
@@ -138,9 +157,9 @@ fn many_at_once_attach_one_program() {
                 });
             }
         });
-        for (hook, parent) in [(TcAttachType::Ingress, 0xffff_fff2), (TcAttachType::Egress, 0xffff_fff3)] {
+        for (hook, parent) in [(Hook::Ingress, 0xffff_fff2), (Hook::Egress, 0xffff_fff3)] {
             let attached = match tcx {
-                true => SchedClassifier::query_tcx("pod", hook).expect("look").1.len(),
+                true => syscall::tcx_programs(link.index, hook).expect("look").len(),
                 false => filters(&link, parent),
             };
             assert_eq!(attached, 1, "tcx {tcx}: {hook:?}");
