@@ -35,8 +35,7 @@ pub fn run(args: Args) -> Result<()> {
 #[derive(Debug)]
 pub struct Built {
     binaries: Vec<PathBuf>,
-    /// The kernel programs' object file, which is also inside `lb-agent`.
-    pub programs: PathBuf,
+    programs: Option<PathBuf>,
 }
 
 impl Built {
@@ -47,6 +46,15 @@ impl Built {
     pub fn binary(&self, name: &str) -> Result<&Path> {
         let found = self.binaries.iter().find(|path| path.file_name().is_some_and(|file| file == name));
         found.map(PathBuf::as_path).with_context(|| format!("cargo did not say that it built {name}"))
+    }
+
+    /// Where the kernel programs' object file is, which is also inside `lb-agent`.
+    ///
+    /// # Errors
+    /// If `lb-agent` was not among what was built.
+    pub fn programs(&self) -> Result<&Path> {
+        let programs = self.programs.as_deref();
+        programs.context("cargo did not say where lb-agent's build script left the kernel programs")
     }
 }
 
@@ -103,11 +111,11 @@ fn build_by(mut cargo: Command, args: &[&str]) -> Result<Built> {
         .output()
         .context("start cargo")?;
     ensure!(out.status.success(), "cargo build {} failed", args.join(" "));
-    parse(&String::from_utf8_lossy(&out.stdout))
+    Ok(parse(&String::from_utf8_lossy(&out.stdout)))
 }
 
 /// Reads cargo's messages.
-fn parse(messages: &str) -> Result<Built> {
+fn parse(messages: &str) -> Built {
     let messages = messages.lines().filter_map(|line| serde_json::from_str::<Value>(line).ok());
     let (mut binaries, mut programs) = (Vec::new(), None);
     for message in messages {
@@ -119,9 +127,7 @@ fn parse(messages: &str) -> Result<Built> {
             programs = Some(Path::new(dir).join("lb-ebpf.o"));
         }
     }
-    let programs =
-        programs.context("cargo did not say where lb-agent's build script left the kernel programs")?;
-    Ok(Built { binaries, programs })
+    Built { binaries, programs }
 }
 
 #[cfg(test)]
@@ -135,10 +141,15 @@ mod tests {
 {"reason":"compiler-artifact","package_id":"path+file:///w/lb-agent#0.1.0","executable":null}
 {"reason":"compiler-artifact","package_id":"path+file:///w/lb-agent#0.1.0","executable":"/t/debug/lbctl"}
 {"reason":"build-finished","success":true}"#;
-        let built = parse(messages).unwrap();
-        assert_eq!(built.programs, Path::new("/t/lb-agent-1/out/lb-ebpf.o"));
+        let built = parse(messages);
+        assert_eq!(built.programs().unwrap(), Path::new("/t/lb-agent-1/out/lb-ebpf.o"));
         assert_eq!(built.binary("lbctl").unwrap(), Path::new("/t/debug/lbctl"));
         assert!(built.binary("lb-cni").unwrap_err().to_string().contains("lb-cni"));
-        assert!(parse(r#"{"reason":"build-finished","success":true}"#).is_err());
+        // This tool alone, say, for an image of it.
+        let without = parse(
+            r#"{"reason":"compiler-artifact","package_id":"path+file:///w/xtask#0.1.0","executable":"/t/debug/xtask"}"#,
+        );
+        assert_eq!(without.binary("xtask").unwrap(), Path::new("/t/debug/xtask"));
+        assert!(without.programs().unwrap_err().to_string().contains("build script"));
     }
 }

@@ -4,10 +4,11 @@ mod engine;
 mod static_elf;
 
 use crate::build;
-use crate::system::workspace;
+use crate::system::{output, workspace};
 use anyhow::{Context as _, Result, ensure};
 use std::fs;
 use std::path::{Path, PathBuf};
+use std::process::Command;
 
 pub use engine::Engine;
 pub(crate) use engine::find as find_engine;
@@ -17,12 +18,19 @@ const PROGRAMS: [&str; 3] = ["lb-agent", "lb-cni", "lbctl"];
 /// More than that is not to be shipped.
 const LARGEST: u64 = 20_000_000;
 
+/// Their names, if nobody gives others.
+pub(crate) const AGENT: &str = "lb-agent:dev";
+pub(crate) const PROBE: &str = "lb-probe:dev";
+
 /// Options of `image`.
 #[derive(Debug, clap::Args)]
 pub struct Args {
-    /// Name of the image
-    #[arg(long, default_value = "lb-agent:dev")]
-    tag: String,
+    /// Name of the image [default: lb-agent:dev, lb-probe:dev]
+    #[arg(long)]
+    tag: Option<String>,
+    /// The image of the sample application (manifests/sample.yaml) instead
+    #[arg(long)]
+    probe: bool,
     /// What builds it [default: the first that works of docker, podman, buildah]
     #[arg(long, value_enum)]
     engine: Option<Engine>,
@@ -38,9 +46,14 @@ pub struct Args {
 pub fn run(args: Args) -> Result<()> {
     // First: a build of minutes is not to be in vain.
     let engine = find_engine(args.engine)?;
-    build(engine, &args.tag)?;
+    let tag = args.tag.as_deref().unwrap_or(if args.probe { PROBE } else { AGENT });
+    if args.probe {
+        build_probe(engine, tag)?
+    } else {
+        build(engine, tag)?
+    }
     if let Some(file) = &args.archive {
-        engine.save(&args.tag, file)?;
+        engine.save(tag, file)?;
         println!("{}", file.display());
     }
     Ok(())
@@ -64,6 +77,25 @@ pub fn build(engine: Engine, tag: &str) -> Result<()> {
     fs::write(dir.join("Dockerfile"), text)?;
     engine.build(&dir, tag)?;
     println!("{tag}, by {engine}: {:.1} MB", mega(size));
+    Ok(())
+}
+
+/// Builds the image of the sample application: this tool itself.
+///
+/// # Errors
+/// As [`run`].
+pub(crate) fn build_probe(engine: Engine, tag: &str) -> Result<()> {
+    let built = build::static_bins(&["--package", "xtask"])?;
+    let dir = workspace().join("target/probe-image");
+    fs::create_dir_all(&dir).with_context(|| format!("create {}", dir.display()))?;
+    let (from, to) = (built.binary("xtask")?, dir.join("probe"));
+    output(Command::new("strip").arg("-o").arg(&to).arg(from))?;
+    fs::write(
+        dir.join("Dockerfile"),
+        "FROM scratch\nCOPY probe /bin/probe\nENTRYPOINT [\"/bin/probe\", \"probe\"]\n",
+    )?;
+    engine.build(&dir, tag)?;
+    println!("{tag}, by {engine}");
     Ok(())
 }
 

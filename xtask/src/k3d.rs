@@ -4,19 +4,17 @@
 mod kubectl;
 mod suite;
 
-use crate::build::static_bins;
 use crate::image::{self, Engine};
 use crate::system::{find_program, output, workspace};
 use anyhow::{Context as _, Result, bail, ensure};
 use clap::Subcommand;
 use kubectl::Kubectl;
-use std::fs;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::Command;
 
 /// The names in `manifests/k3d.yaml` and `manifests/sample.yaml`.
-const IMAGE: &str = "lb-agent:dev";
-const PROBE: &str = "lb-probe:dev";
+const IMAGE: &str = image::AGENT;
+const PROBE: &str = image::PROBE;
 /// How long pods may take to be ready: the first ones wait for images from the internet.
 const PATIENCE: &str = "--timeout=300s";
 
@@ -37,7 +35,15 @@ enum Cmd {
     /// Take the cluster down
     Down,
     /// Try every path in it
-    Test,
+    Test(Test),
+}
+
+#[derive(Debug, clap::Args)]
+struct Test {
+    /// Any other cluster with the agent and the sample application, from a machine that is not one of its nodes but
+    /// reaches them: nothing but kubectl is needed
+    #[arg(long, value_name = "FILE")]
+    kubeconfig: Option<PathBuf>,
 }
 
 #[derive(Debug, clap::Args)]
@@ -55,35 +61,38 @@ struct Up {
 /// # Errors
 /// If something is missing here (the message says what, and where to get it), or fails.
 pub fn run(args: Args) -> Result<()> {
-    check_programs()?;
+    if let Cmd::Test(Test { kubeconfig: Some(file) }) = &args.command {
+        check_programs(&[KUBECTL])?;
+        return suite::run(&Kubectl::new(file));
+    }
+    check_programs(&PROGRAMS)?;
+    // k3d works with docker alone, and with its daemon.
+    image::find_engine(Some(Engine::Docker)).context("k3d makes nodes of docker's containers")?;
     match args.command {
         Cmd::Up(up) => self::up(&args.name, &up),
         Cmd::Down => k3d(&["cluster", "delete", &args.name]),
-        Cmd::Test => suite::run(&kubectl(&args.name)?),
+        Cmd::Test(_) => suite::run(&kubectl(&args.name)?),
     }
 }
 
 /// Programs, and where they come from.
-const PROGRAMS: [(&str, &str); 3] = [
-    ("docker", "https://docs.docker.com/engine/install"),
-    ("k3d", "https://k3d.io"),
-    ("kubectl", "https://kubernetes.io/docs/tasks/tools"),
-];
+const PROGRAMS: [(&str, &str); 3] =
+    [("docker", "https://docs.docker.com/engine/install"), ("k3d", "https://k3d.io"), KUBECTL];
+const KUBECTL: (&str, &str) = ("kubectl", "https://kubernetes.io/docs/tasks/tools");
 
-fn check_programs() -> Result<()> {
-    let missing: Vec<_> = PROGRAMS.into_iter().filter(|(name, _)| find_program(name).is_none()).collect();
+fn check_programs(programs: &[(&str, &str)]) -> Result<()> {
+    let missing: Vec<_> = programs.iter().filter(|(name, _)| find_program(name).is_none()).collect();
     if !missing.is_empty() {
         let list: Vec<_> = missing.iter().map(|(name, from)| format!("{name} ({from})")).collect();
         bail!("missing on this machine: {}", list.join(", "));
     }
-    // k3d works with docker alone, and with its daemon.
-    image::find_engine(Some(Engine::Docker)).context("k3d makes nodes of docker's containers").map(drop)
+    Ok(())
 }
 
 fn up(name: &str, up: &Up) -> Result<()> {
     if !up.no_build {
         image::build(Engine::Docker, IMAGE)?;
-        build_probe()?;
+        image::build_probe(Engine::Docker, PROBE)?;
     }
     let mut create: Vec<&str> = vec!["cluster", "create", name];
     create.extend(CLUSTER);
@@ -123,20 +132,6 @@ const CLUSTER: [&str; 12] = [
     "--timeout",
     "300s",
 ];
-
-/// The image of the sample application: this tool itself.
-fn build_probe() -> Result<()> {
-    let built = static_bins(&["--package", "xtask"])?;
-    let dir = workspace().join("target/probe-image");
-    fs::create_dir_all(&dir).with_context(|| format!("create {}", dir.display()))?;
-    let (from, to) = (built.binary("xtask")?, dir.join("probe"));
-    output(Command::new("strip").arg("-o").arg(&to).arg(from))?;
-    fs::write(
-        dir.join("Dockerfile"),
-        "FROM scratch\nCOPY probe /bin/probe\nENTRYPOINT [\"/bin/probe\", \"probe\"]\n",
-    )?;
-    Engine::Docker.build(&dir, PROBE)
-}
 
 fn k3d(args: &[&str]) -> Result<()> {
     println!("k3d {}", args.join(" "));

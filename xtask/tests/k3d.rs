@@ -146,5 +146,13 @@ fn the_suite_tells_what_failed() -> Result<()> {
     ensure!(said.lines().filter(|line| line.starts_with("ok ")).count() == 7, "{said}");
     let error = String::from_utf8_lossy(&out.stderr);
     ensure!(!out.status.success() && error.contains("2 of 9 failed"), "{error}");
-    Ok(())
+
+    // Any other cluster takes kubectl alone.
+    let programs = Programs::new(&[("kubectl", &kubectl)])?;
+    programs.refused(&["k3d", "test", "--kubeconfig=/tmp/other"], &["2 of 9 failed"])?;
+    let asked = programs.asked();
+    let other = |line: &str| line.starts_with("kubectl --kubeconfig /tmp/other ");
+    ensure!(!asked.is_empty() && asked.lines().all(other), "{asked}");
+    Programs::new(&[])?
+        .refused(&["k3d", "test", "--kubeconfig=/tmp/other"], &["missing on this machine: kubectl (https://"])
 }

@@ -24,7 +24,7 @@ pub(super) struct File {
 pub(super) fn prepare(dir: &Path) -> Result<Vec<File>> {
     let built = workspace_bins()?;
     let next = next_agent()?;
-    let mut files = vec![File { here: built.programs.clone(), there: OBJECT_FILE.into() }];
+    let mut files = vec![File { here: built.programs()?.to_owned(), there: OBJECT_FILE.into() }];
     let mut libraries = BTreeSet::new();
     for name in ["xtask", "lb-agent", "lb-cni", "lbctl", NEXT] {
         let binary = if name == NEXT { &next } else { built.binary(name)? };
