@@ -3,6 +3,7 @@
 use std::fs::{self, File};
 use std::io::{Read, Write};
 use std::net::TcpStream;
+use std::os::unix::process::CommandExt as _;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
@@ -54,6 +55,8 @@ impl Agent {
         command.args(["--cluster-cidr", CLUSTER_CIDR, "--healthz-bind-address", "0.0.0.0:10256"]);
         command.args(["--metrics-bind-address", "127.0.0.1:10249"]).env("RUST_LOG", "info");
         command.stdin(Stdio::null());
+        // SAFETY: only system calls.
+        unsafe { command.pre_exec(keep_capabilities) };
         command
     }
 
@@ -141,6 +144,21 @@ impl Drop for Agent {
         let _ = self.child.kill();
         let _ = self.child.wait();
     }
+}
+
+/// Leaves the program to be started with what `manifests/base` gives to the agent's container: root may do more, and
+/// what takes more is not to be found out in a cluster.
+fn keep_capabilities() -> std::io::Result<()> {
+    const KEPT: [libc::c_ulong; 3] = [12, 38, 39]; // NET_ADMIN, PERFMON, BPF
+    for capability in (0..64).filter(|capability| !KEPT.contains(capability)) {
+        // SAFETY: numbers only. Those that this kernel does not know are refused.
+        let result = unsafe { libc::prctl(libc::PR_CAPBSET_DROP, capability, 0, 0, 0) };
+        let error = std::io::Error::last_os_error();
+        if result < 0 && error.raw_os_error() != Some(libc::EINVAL) {
+            return Err(error);
+        }
+    }
+    Ok(())
 }
 
 /// Where the agent of a node writes its log.

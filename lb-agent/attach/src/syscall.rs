@@ -9,6 +9,7 @@ use std::os::unix::ffi::OsStrExt as _;
 use std::path::Path;
 
 const BPF_OBJ_GET: libc::c_long = 7;
+const BPF_OBJ_GET_INFO_BY_FD: libc::c_long = 15;
 const BPF_PROG_QUERY: libc::c_long = 16;
 const BPF_LINK_UPDATE: libc::c_long = 29;
 const BPF_LINK_DETACH: libc::c_long = 34;
@@ -119,4 +120,45 @@ pub fn tcx_programs(index: u32, hook: Hook) -> io::Result<Vec<u32>> {
         return Err(io::Error::last_os_error());
     }
     Ok(ids.into_iter().take(attr.count as usize).collect())
+}
+
+/// The part of `union bpf_attr` for `BPF_OBJ_GET_INFO_BY_FD`.
+#[repr(C)]
+struct ObjGetInfo {
+    fd: u32,
+    len: u32,
+    info: u64,
+}
+
+/// The start of `struct bpf_prog_info`.
+#[repr(C)]
+struct ProgInfo {
+    /// Kind, id, tag, sizes and addresses of instructions, time, owner.
+    others: [u32; 13],
+    map_count: u32,
+    map_ids: u64,
+}
+
+/// The ids of the maps that a program uses. (aya opens the program once more by its id, which takes `SYS_ADMIN`.)
+///
+/// # Errors
+/// If it is no program.
+pub fn map_ids(program: BorrowedFd<'_>) -> io::Result<Vec<u32>> {
+    /// As many as the kernel lets there be.
+    const MOST: usize = 64;
+    let mut ids = [0_u32; MOST];
+    let mut info = ProgInfo { others: [0; 13], map_count: MOST as u32, map_ids: ids.as_mut_ptr() as u64 };
+    let attr = ObjGetInfo {
+        fd: program.as_raw_fd() as u32,
+        len: size_of::<ProgInfo>() as u32,
+        info: &raw mut info as u64,
+    };
+    // SAFETY: the kernel writes into the information, whose size it is told, and at most `map_count` ids.
+    let result = unsafe {
+        libc::syscall(libc::SYS_bpf, BPF_OBJ_GET_INFO_BY_FD, &raw const attr, size_of::<ObjGetInfo>())
+    };
+    if result < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    Ok(ids.into_iter().take(info.map_count as usize).collect())
 }

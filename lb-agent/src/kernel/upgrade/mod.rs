@@ -16,14 +16,16 @@ use super::xdp;
 use crate::cli::{RunArgs, SocketLb};
 use anyhow::{Context as _, Result};
 use aya::maps::{Array, Map, MapData};
-use aya::programs::SchedClassifier;
 use flows::Others;
 use layout::Layouts;
 use lb_attach::attach::{Attacher, Hook};
 use lb_attach::snapshot::{self, Link};
+use lb_attach::syscall::{map_ids, obj_get};
 use lb_common::maps::stance;
 use maps::{Copied, Move};
 use std::fs;
+use std::io::ErrorKind;
+use std::os::fd::AsFd as _;
 use std::time::{Duration, Instant};
 use tracing::{info, warn};
 
@@ -59,12 +61,19 @@ const ROUNDS: usize = 5;
 const FEW: usize = 100;
 
 /// The version whose programs are pinned there.
-fn version_at(pins: &Pins, place: Place) -> Option<u32> {
-    let program = SchedClassifier::from_pin(pins.program(place, Hook::Ingress.program())).ok()?;
-    let ids = program.info().ok()?.map_ids().ok()??;
+///
+/// # Errors
+/// If the kernel does not tell: to take that for "none" would be to lose what those programs know.
+fn version_at(pins: &Pins, place: Place) -> Result<Option<u32>> {
+    let pin = pins.program(place, Hook::Ingress.program());
+    let program = match obj_get(&pin) {
+        Err(error) if error.kind() == ErrorKind::NotFound => return Ok(None),
+        program => program.with_context(|| format!("open the program {}", pin.display()))?,
+    };
+    let ids = map_ids(program.as_fd()).with_context(|| format!("ask for the maps of {}", pin.display()))?;
     let uses =
         |version: &u32| maps::id(&pins.of_version(*version), "LB_STANCE").is_some_and(|id| ids.contains(&id));
-    pins.versions().into_iter().find(uses)
+    Ok(pins.versions().into_iter().find(uses))
 }
 
 /// Has our programs serve in front of another version's, if such are attached, and brings over what those know. Ends what a
@@ -73,8 +82,8 @@ fn version_at(pins: &Pins, place: Place) -> Option<u32> {
 /// # Errors
 /// If it cannot be done. The others go on then.
 pub fn begin(pins: &Pins, args: &RunArgs, features: Features) -> Result<()> {
-    let serving = version_at(pins, Place::Main);
-    match (serving, version_at(pins, Place::Front)) {
+    let serving = version_at(pins, Place::Main)?;
+    match (serving, version_at(pins, Place::Front)?) {
         (Some(serving), Some(front)) if front != pins.version() => {
             warn!("version {front} had begun to take over from version {serving}: what it knows goes back");
             withdraw(&pins.of_version(front), &pins.of_version(serving), features)?;
@@ -84,7 +93,7 @@ pub fn begin(pins: &Pins, args: &RunArgs, features: Features) -> Result<()> {
         _ => {}
     }
     let Some(old) = serving.filter(|serving| *serving != pins.version()) else { return Ok(()) };
-    let begun = version_at(pins, Place::Front).is_some();
+    let begun = version_at(pins, Place::Front)?.is_some();
     if !begun {
         // What an earlier attempt may have left is of another time.
         pins.remove_maps()?;
@@ -93,7 +102,7 @@ pub fn begin(pins: &Pins, args: &RunArgs, features: Features) -> Result<()> {
     let result = take_over(&pins.of_version(old), pins, args, features, begun);
     if result.is_err() {
         give_up(pins, features);
-        if version_at(pins, Place::Front).is_none() {
+        if matches!(version_at(pins, Place::Front), Ok(None)) {
             let _ = pins.remove_maps();
         }
     }
@@ -172,10 +181,11 @@ fn reserved(pins: &Pins) -> Result<Array<MapData, u64>> {
 
 /// A start that took over from another version has failed: that one's programs go on, with what ours have learned.
 pub fn give_up(pins: &Pins, features: Features) {
-    let Some(old) = version_at(pins, Place::Main).filter(|version| *version != pins.version()) else {
+    let (Ok(Some(old)), Ok(Some(front))) = (version_at(pins, Place::Main), version_at(pins, Place::Front))
+    else {
         return;
     };
-    if version_at(pins, Place::Front) != Some(pins.version()) {
+    if old == pins.version() || front != pins.version() {
         return;
     }
     match withdraw(pins, &pins.of_version(old), features) {
@@ -191,7 +201,7 @@ pub fn give_up(pins: &Pins, features: Features) {
 /// If the kernel refuses.
 pub fn finish(pins: &Pins, features: Features) -> Result<Attacher> {
     let open = || Attacher::open(&pins.lock()?, pins, features.tcx)?.context("our programs are not pinned");
-    if version_at(pins, Place::Front).is_some() {
+    if version_at(pins, Place::Front)?.is_some() {
         // First everywhere in the place of the others, then off in front.
         let attacher = put_on_all_devices(pins, open()?)?;
         take_off_front(pins, attacher)?;
@@ -235,7 +245,7 @@ fn remove_front(pins: &Pins) -> Result<()> {
     for hook in Hook::BOTH {
         let pin = pins.program(Place::Front, hook.program());
         match fs::remove_file(&pin) {
-            Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
+            Err(error) if error.kind() != ErrorKind::NotFound => {
                 return Err(error).with_context(|| format!("remove {}", pin.display()));
             }
             _ => {}
