@@ -246,6 +246,12 @@ impl<A: Addr> Flow<A> {
         self.vip_port == self.backend_port && self.vip == self.backend
     }
 
+    /// An entry that only says that nothing is done to the flow, nor to its answers.
+    #[inline(always)]
+    pub fn is_direct(&self) -> bool {
+        self.side == Side::Forward as u8 && self.flags == 0
+    }
+
     /// A flow that nothing is done to yet.
     #[inline(always)]
     pub fn straight(key: &FlowKey<A>, now: u32) -> Self {

@@ -23,7 +23,8 @@ pub struct Flow {
     pub service: Option<String>,
     /// `nf_conntrack`'s word: `SYN_SENT`, `SYN_RECV`, `ESTABLISHED`, `CLOSE_WAIT` (one end has sent its FIN), `TIME_WAIT`
     /// (both have), `CLOSE` (reset). Without connections: `UNREPLIED`, `REPLIED`, `ASSURED` (a stream both ways). `FOREIGN`
-    /// if `nf_conntrack` translates it, from before we came.
+    /// if `nf_conntrack` translates it, from before we came. `DIRECT` if nothing is done to it: datagrams from outside straight
+    /// to a pod, whose answers would be masqueraded otherwise.
     pub state: &'static str,
     /// Seconds since the last packet of either end.
     pub idle: u32,
@@ -62,6 +63,7 @@ fn show<A: NodeAddr>(whole: &Whole<A>, now: u32, names: &HashMap<u32, ServicePor
         }),
         state: match Side::from_raw(flow.side) {
             Some(Side::Foreign) => "FOREIGN",
+            _ if flow.is_direct() => "DIRECT",
             _ => whole.seen.state(flow.proto),
         },
         idle: now.saturating_sub(whole.last_seen),

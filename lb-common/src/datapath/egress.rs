@@ -86,7 +86,13 @@ fn missing<A: Wire, K: Tables<A>>(kernel: &K, headers: &Headers<A>) -> u32 {
         Some(twin) if repair(kernel, headers, twin.get()) => REPAIRED,
         // Ours leave from there, too.
         Some(twin) if masqueraded::at_this_device(kernel, twin.get()) => UNKNOWN,
-        Some(_) => NOT_OURS,
+        Some(twin) => {
+            if twin.get().is_direct() {
+                // It may be the pod alone that still has something to say.
+                twin.seen(kernel.now(), 0);
+            }
+            NOT_OURS
+        }
         None => UNKNOWN,
     }
 }

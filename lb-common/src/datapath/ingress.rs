@@ -2,10 +2,10 @@
 
 use super::choose::{choose, repair};
 use super::enter::{LOOK_ON, forget, stale, straight};
-use super::parse::{Headers, Kind, NotOurs, Wire, parse};
+use super::parse::{Headers, Kind, NotOurs, UDP, Wire, parse};
 use super::rewrite::{End, new_port, rewrite};
-use super::{FlowRef, Kernel, Packet, Reason, Tables, Taken, Verdict, fragments, icmp_error};
-use crate::maps::{Addr, Flow, FlowKey, Frontend, FrontendKey, Side, stance};
+use super::{FlowRef, Kernel, Packet, Put, Reason, Tables, Taken, Verdict, fragments, icmp_error};
+use crate::maps::{Addr, Device, Flow, FlowKey, Frontend, FrontendKey, Side, cidr, stance};
 
 /// A packet comes in on a device.
 #[inline(always)]
@@ -112,6 +112,10 @@ fn known<A: Addr, K: Tables<A>>(kernel: &K, headers: &Headers<A>, entry: &FlowRe
             entry.seen(kernel.now(), headers.state() | Flow::<A>::SEEN);
             Known::Translate
         }
+        Some(Side::Forward) if flow.is_direct() => {
+            entry.seen(kernel.now(), Flow::<A>::SEEN);
+            Known::Untouched
+        }
         // Entries of the egress hook.
         Some(Side::Forward) if flow.flags & Flow::<A>::DNAT != 0 => Known::Straight,
         Some(Side::Forward) if headers.starts_flow() => Known::Over,
@@ -164,6 +168,9 @@ fn translate<A: Wire, P: Packet>(packet: &mut P, headers: &Headers<A>, flow: &Fl
 #[inline(always)]
 fn not_a_service<A: Addr, K: Tables<A>>(kernel: &K, headers: &Headers<A>) -> Verdict {
     if headers.starts_flow() {
+        if headers.key.proto == UDP {
+            note_direct(kernel, headers);
+        }
         return if headers.kind != Kind::EchoRequest
             && refused_port(kernel, headers.key.dst)
             && kernel.stance() == stance::SERVE
@@ -184,6 +191,38 @@ fn not_a_service<A: Addr, K: Tables<A>>(kernel: &K, headers: &Headers<A>) -> Ver
         Verdict::Drop(Reason::UnknownMasquerade)
     } else {
         Verdict::Leave
+    }
+}
+
+/// A datagram that comes to a pod's own address from where pods' flows are masqueraded to: from a node, say, where nodes
+/// route to each other's pods. Its answers would look as if the pod began a flow, so they are entered as what they are.
+/// (Not where it leaves for the pod: there the replies to masqueraded flows look the same.) Without room, they are not.
+#[inline(never)]
+fn note_direct<A: Addr, K: Tables<A>>(kernel: &K, headers: &Headers<A>) {
+    let (src, dst) = (headers.key.src, headers.key.dst);
+    let uplink = kernel.device().is_some_and(|device| device.flags & Device::MASQUERADE != 0);
+    if !uplink
+        || src.is_local_scope()
+        || kernel.cidr(src) & (cidr::CLUSTER | cidr::NO_MASQUERADE) != 0
+        || kernel.cidr(dst) & cidr::CLUSTER == 0
+        || kernel.stance() == stance::DRAIN
+    {
+        return;
+    }
+    // An answer that was taken for a flow of the pod's before we knew: replies to one go to the node.
+    let answers = headers.key.reversed();
+    if let Some(taken) = kernel.flow(&answers)
+        && taken.get().flags & Flow::<A>::DNAT == 0
+    {
+        kernel.remove_flow(&taken.get().key(Side::Back));
+        kernel.remove_flow(&answers);
+    }
+    let Some(draft) = kernel.draft() else { return };
+    draft.write(Flow::straight(&headers.key, kernel.now()));
+    let forward = draft.turn(Side::Forward);
+    if kernel.put_flow(&forward, draft.get(), Put::New).is_ok() {
+        kernel.count(Reason::NewFlow);
+        kernel.remember(&forward);
     }
 }
 

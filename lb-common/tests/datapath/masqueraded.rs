@@ -2,7 +2,7 @@
 
 use crate::send::pass;
 use crate::support::build::{ACK, L4, SYN};
-use crate::support::cluster::{BOTH, CLIENT, Net, OVERLAY, UPLINK, cluster, serve, sock};
+use crate::support::cluster::{BACKEND, BOTH, CLIENT, Net, OVERLAY, UPLINK, cluster, serve, sock};
 use crate::support::world::{Fam, Hook, World};
 use lb_common::addr::{Ip4, Ip6, NetPort};
 use lb_common::datapath::Reason;
@@ -187,4 +187,55 @@ fn a_full_table_does_not_stop_others() {
             assert_eq!(pass(&world, CLIENT, Hook::Ingress, server, theirs, L4::Udp), Some((server, theirs)));
         }
     }
+}
+
+fn straight_to_a_pod<A: Fam>(v6: bool) {
+    let n = Net::of(v6);
+    let world = cluster();
+    let pod = sock(n.near, 53);
+    // Each as it comes in, goes to the pod, and the answer back.
+    let comes = |client, l4| {
+        assert_eq!(pass(&world, UPLINK, Hook::Ingress, client, pod, l4), Some((client, pod)));
+        assert_eq!(pass(&world, BACKEND, Hook::Egress, client, pod, l4), Some((client, pod)));
+    };
+    let answered = |client, l4: L4| {
+        let answer = Some((pod, client));
+        assert_eq!(pass(&world, BACKEND, Hook::Ingress, pod, client, l4.answer()), answer);
+        assert_eq!(pass(&world, UPLINK, Hook::Egress, pod, client, l4.answer()), answer);
+    };
+    // Another node's address, and one far away; the pod's own flows to both are masqueraded.
+    for (count, client) in (1..).zip([sock(n.outside, 20_000), sock(n.internet, 4000)]) {
+        for _ in 0..3 {
+            comes(client, L4::Udp);
+            // One that is answered at length.
+            for _ in 0..4 {
+                world.now.set(world.now.get() + 20);
+                answered(client, L4::Udp);
+            }
+        }
+        let flows = A::of(&world).flows();
+        assert_eq!(flows.len(), 3 * count - 2, "one entry each: {flows:?}");
+        assert!(flows.iter().any(|(_, flow)| flow.last_seen == world.now.get()), "answers count: {flows:?}");
+        let own = leaves(&world, sock(n.near, 5000), client, L4::Udp).map(|left| left.ip());
+        assert_eq!(own, Some(n.node));
+    }
+    // An answer that came first, before we had seen any question.
+    let late = sock(n.internet, 4001);
+    assert_eq!(leaves(&world, pod, late, L4::Udp).map(|left| left.ip()), Some(n.node));
+    comes(late, L4::Udp);
+    answered(late, L4::Udp);
+    // Connections tell by their first packet, and what the cluster sends to itself is not masqueraded either.
+    for (client, l4) in
+        [(sock(n.outside, 1), L4::Tcp(SYN)), (sock(n.pod, 1), L4::Udp), (sock(n.router, 1), L4::Udp)]
+    {
+        comes(client, l4);
+        answered(client, l4);
+    }
+    assert_eq!(entries(&world, v6), 7);
+}
+
+#[test]
+fn answers_to_datagrams_straight_to_a_pod_keep_their_source() {
+    straight_to_a_pod::<Ip4>(false);
+    straight_to_a_pod::<Ip6>(true);
 }
