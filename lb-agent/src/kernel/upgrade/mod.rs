@@ -23,7 +23,6 @@ use lb_attach::snapshot::{self, Link};
 use lb_attach::syscall::{map_ids, obj_get};
 use lb_common::maps::stance;
 use maps::{Copied, Move};
-use std::fs;
 use std::io::ErrorKind;
 use std::os::fd::AsFd as _;
 use std::time::{Duration, Instant};
