@@ -154,7 +154,9 @@ mod tests {
             &lost,
             &[(Side::Front, SEEN, now), (Side::Back, SEEN, now), (Side::Reply, 0, now)],
         );
-        let echo = Value::<Ip6> { proto: 58, client_port: port(1), alias_port: port(1), ..Value::default() };
+        let flags = Value::<Ip6>::MASQ_DONE;
+        let (client_port, alias_port, masq_port) = (port(1), port(1), port(1));
+        let echo = Value::<Ip6> { proto: 58, client_port, alias_port, masq_port, flags, ..Value::default() };
         put(&mut tables.v6, &echo, &[(Side::Forward, 0, now), (Side::Back, SEEN, now)]);
 
         let mut all = flows(&tables).expect("flows");

@@ -165,15 +165,15 @@ fn datagrams_go_where_somebody_serves() -> Result<()> {
     // Slower than they are read below: what is read must not be of long ago.
     let ask = |port: SocketAddr| Ask::udp(port).keep().count(1_000_000).interval(Duration::from_millis(50));
     let mut answers = Vec::new();
-    for _ in 0..8 {
+    for _ in 0..20 {
         answers.push(client.start_asking(&ask(node.at(DNS)[0]))?);
     }
     let mut next = |which: usize| -> Result<String> {
         let answer = answers[which].next().context("the client ended")?;
         answer.0.map(|said| said.name).map_err(|e| anyhow::anyhow!("not answered: {e}"))
     };
-    let names: Vec<String> = (0..8).map(&mut next).collect::<Result<_>>()?;
-    let far: Vec<usize> = (0..8).filter(|which| names[*which] == "dns-2").collect();
+    let names: Vec<String> = (0..20).map(&mut next).collect::<Result<_>>()?;
+    let far: Vec<usize> = (0..20).filter(|which| names[*which] == "dns-2").collect();
     ensure!(!far.is_empty(), "{names:?}");
     ensure!(meanwhile(node, || far.iter().try_for_each(|which| next(*which).map(drop)))? >= 1.0);
     cluster.without("dns.yaml", &[cluster.lab().pod(1, 1)])?;
