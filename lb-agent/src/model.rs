@@ -3,6 +3,7 @@
 //! [`crate::desired`] produces it from Kubernetes objects, [`crate::kernel`] writes the difference.
 
 use crate::store::ObjectName;
+use arcstr::ArcStr;
 use ipnet::IpNet;
 use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
@@ -43,7 +44,7 @@ pub struct ServicePort {
     /// The Service.
     pub service: ObjectName,
     /// `spec.ports[].name`, empty where the only port has none.
-    pub port: Arc<str>,
+    pub port: ArcStr,
 }
 
 impl std::fmt::Display for ServicePort {

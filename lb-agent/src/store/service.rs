@@ -3,9 +3,9 @@
 use super::Warning;
 use crate::model::Protocol;
 use crate::objects::{self, label};
+use arcstr::ArcStr;
 use ipnet::IpNet;
 use std::net::IpAddr;
-use std::sync::Arc;
 use std::time::Duration;
 
 /// What is used of a Service.
@@ -41,7 +41,7 @@ pub struct Service {
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Port {
     /// Name, empty where there is none.
-    pub name: Arc<str>,
+    pub name: ArcStr,
     /// Protocol.
     pub protocol: Protocol,
     /// The port of the Service's own addresses.

@@ -4,6 +4,7 @@ use super::service::{port_number, protocol, usable_ip};
 use super::{ObjectName, Warning};
 use crate::model::Protocol;
 use crate::objects::{self, label};
+use arcstr::ArcStr;
 use std::net::IpAddr;
 use std::time::SystemTime;
 
@@ -40,7 +41,7 @@ impl Eq for Slice {}
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct SlicePort {
     /// Name, empty where there is none; joins it with the Service's port.
-    pub name: Box<str>,
+    pub name: ArcStr,
     /// Protocol.
     pub protocol: Protocol,
     /// The endpoints' own port.
