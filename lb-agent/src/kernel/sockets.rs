@@ -8,6 +8,7 @@ use aya::Ebpf;
 use aya::maps::{HashMap, Map, MapData};
 use aya::programs::links::FdLink;
 use aya::programs::{CgroupAttachMode, CgroupSockAddr};
+use lb_attach::attach::remove;
 use lb_attach::syscall;
 use lb_common::maps::{SocketKey, SocketPeer};
 use std::fs::{self, File};
@@ -34,15 +35,6 @@ pub(super) fn peers(pins: &Pins) -> Result<HashMap<MapData, SocketKey, SocketPee
 /// Takes a hook off; it need not be there.
 pub(super) fn take_off(pins: &Pins, hook: &str) -> Result<()> {
     remove(&pin(pins, hook)).with_context(|| format!("take off the {hook} hook"))
-}
-
-fn remove(pin: &Path) -> Result<()> {
-    match fs::remove_file(pin) {
-        Err(e) if e.kind() != std::io::ErrorKind::NotFound => {
-            Err(e).with_context(|| format!("remove the pin {}", pin.display()))
-        }
-        _ => Ok(()),
-    }
 }
 
 /// Attaches the hooks to the node's cgroup root, or takes them off with `--socket-lb=off`.

@@ -69,6 +69,20 @@ fn only(node: &Host, version: u32) -> Result<()> {
     Ok(())
 }
 
+/// Has another program serve in the first node's place.
+fn change_to(cluster: &mut Cluster, exe: &Path, version: u32) -> Result<()> {
+    cluster.stop_agent(0)?;
+    start(cluster, exe, version)
+}
+
+/// Starts it where none runs, and waits until nothing is left of any other version.
+fn start(cluster: &mut Cluster, exe: &Path, version: u32) -> Result<()> {
+    cluster.use_agent(exe);
+    cluster.begin_agent(0)?;
+    cluster.wait_for_agent(0, PATIENCE)?;
+    only(cluster.lab().node(0), version)
+}
+
 fn pause() {
     std::thread::sleep(Duration::from_millis(500));
 }
@@ -82,11 +96,7 @@ fn no_connection_notices_an_upgrade_or_the_way_back() -> Result<()> {
     pause();
     let mut last = Instant::now();
     for (exe, version) in [(next, VERSION + 1), (&*this, VERSION), (next, VERSION + 1)] {
-        cluster.stop_agent(0)?;
-        cluster.use_agent(exe);
-        cluster.begin_agent(0)?;
-        cluster.wait_for_agent(0, PATIENCE)?;
-        only(&node, version)?;
+        change_to(&mut cluster, exe, version)?;
         pause();
         last = Instant::now();
         pause();
@@ -118,10 +128,7 @@ fn agents_of_both_versions_that_are_killed_at_any_moment_cut_nothing() -> Result
             std::thread::sleep(Duration::from_millis(life));
             cluster.kill_agent(0);
         }
-        cluster.use_agent(&this);
-        cluster.begin_agent(0)?;
-        cluster.wait_for_agent(0, PATIENCE)?;
-        only(&node, VERSION)?;
+        start(&mut cluster, &this, VERSION)?;
     }
     pause();
     let last = Instant::now();
@@ -154,11 +161,7 @@ fn a_start_that_fails_halfway_leaves_the_other_version_serving() -> Result<()> {
     }
     pause();
     for (exe, version) in [(&*this, VERSION), (next, VERSION + 1)] {
-        cluster.stop_agent(0)?;
-        cluster.use_agent(exe);
-        cluster.begin_agent(0)?;
-        cluster.wait_for_agent(0, PATIENCE)?;
-        only(&node, version)?;
+        change_to(&mut cluster, exe, version)?;
     }
     pause();
     let last = Instant::now();

@@ -78,14 +78,9 @@ pub(super) struct Move<'a> {
 }
 
 impl Move<'_> {
-    /// One table; nothing if either version has none of that name.
+    /// One table.
     pub(super) fn table(&self, name: &str) -> Result<Copied> {
-        let (Some(old), Some(new)) = (self.layouts.0.get(name), self.layouts.1.get(name)) else {
-            return Ok(Copied::default());
-        };
-        self.copy(name, old, new).with_context(|| {
-            format!("bring {name} from version {} to version {}", self.from.version(), self.to.version())
-        })
+        self.with(name, |old, new| self.copy(name, old, new))
     }
 
     /// Several.
@@ -97,10 +92,15 @@ impl Move<'_> {
 
     /// A table of flows, as far as the others have come.
     pub(super) fn flows(&self, name: &str, others: Others) -> Result<Copied> {
+        self.with(name, |old, new| self.copy_flows(name, old, new, others))
+    }
+
+    /// What `copy` does with a table's layouts; nothing if either version has none of that name.
+    fn with(&self, name: &str, copy: impl FnOnce(&Layout, &Layout) -> Result<Copied>) -> Result<Copied> {
         let (Some(old), Some(new)) = (self.layouts.0.get(name), self.layouts.1.get(name)) else {
             return Ok(Copied::default());
         };
-        self.copy_flows(name, old, new, others).with_context(|| {
+        copy(old, new).with_context(|| {
             format!("bring {name} from version {} to version {}", self.from.version(), self.to.version())
         })
     }

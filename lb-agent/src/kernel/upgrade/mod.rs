@@ -19,11 +19,10 @@ use aya::maps::{Array, Map, MapData};
 use aya::programs::SchedClassifier;
 use flows::Others;
 use layout::Layouts;
-use lb_attach::attach::{Attacher, Hook};
+use lb_attach::attach::{Attacher, Hook, remove};
 use lb_attach::snapshot::{self, Link};
 use lb_common::maps::stance;
 use maps::{Copied, Move};
-use std::fs;
 use std::time::{Duration, Instant};
 use tracing::{info, warn};
 
@@ -107,8 +106,9 @@ fn take_over(old: &Pins, pins: &Pins, args: &RunArgs, features: Features, begun:
         old.version(),
         pins.version()
     );
-    let mut ebpf = programs::load(pins, args, features, Place::Front)?;
+    // Before anything that takes longer: maps that are not described end it here.
     let layouts: (Layouts, Layouts) = (maps::described(old)?, layout::ours());
+    let mut ebpf = programs::load(pins, args, features, Place::Front)?;
     let from_old = |how| Move { from: old, to: pins, layouts: (&layouts.0, &layouts.1), how };
     if !begun {
         maps::set_stance(pins, stance::LEAVE)?;
@@ -232,16 +232,7 @@ fn take_off_front(pins: &Pins, attacher: Attacher) -> Result<()> {
 
 fn remove_front(pins: &Pins) -> Result<()> {
     let _turn = pins.lock()?;
-    for hook in Hook::BOTH {
-        let pin = pins.program(Place::Front, hook.program());
-        match fs::remove_file(&pin) {
-            Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
-                return Err(error).with_context(|| format!("remove {}", pin.display()));
-            }
-            _ => {}
-        }
-    }
-    Ok(())
+    Hook::BOTH.into_iter().try_for_each(|hook| remove(&pins.program(Place::Front, hook.program())))
 }
 
 fn put_on_all_devices(pins: &Pins, attacher: Attacher) -> Result<Attacher> {
