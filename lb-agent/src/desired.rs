@@ -74,10 +74,10 @@ pub fn service<'a>(
     host: &Host<'_>,
     config: &Config,
 ) -> DesiredService {
-    let mut desired = DesiredService::default();
-    desired.warnings.extend(service.warnings.iter().cloned());
-    desired.warnings.extend(slices.clone().flat_map(|slice| slice.warnings.iter().cloned()));
-    if !config.external_ips && !service.external_ips.is_empty() {
+    let (mut desired, extras) = (DesiredService::default(), service.extras());
+    desired.warnings.extend(extras.warnings.iter().cloned());
+    desired.warnings.extend(slices.clone().flat_map(|slice| slice.warnings().iter().cloned()));
+    if !config.external_ips && !extras.external_ips.is_empty() {
         desired.warnings.push(Warning::ExternalIps);
     }
     desired.warnings.sort_unstable();
@@ -89,9 +89,9 @@ pub fn service<'a>(
             let usable = Categorized::new(slices.clone(), port, v4, host.node.zone.as_deref());
             let mut builder = Builder { name, service, port, host, config, usable, desired: &mut desired };
             builder.add(FrontendKind::ClusterIp, port.port, std::slice::from_ref(cluster_ip));
-            builder.add(FrontendKind::LoadBalancer, port.port, of_family(&service.load_balancer_ips, v4));
+            builder.add(FrontendKind::LoadBalancer, port.port, of_family(&extras.load_balancer_ips, v4));
             if config.external_ips {
-                builder.add(FrontendKind::ExternalIp, port.port, of_family(&service.external_ips, v4));
+                builder.add(FrontendKind::ExternalIp, port.port, of_family(&extras.external_ips, v4));
             }
             if let Some(node_port) = port.node_port {
                 builder.add(FrontendKind::NodePort, node_port, of_family(host.node_ports, v4));
@@ -99,7 +99,7 @@ pub fn service<'a>(
         }
     }
     desired.health_check =
-        service.health_check_port.map(|port| (port, endpoints::local_ready(service, slices)));
+        extras.health_check_port.map(|port| (port, endpoints::local_ready(service, slices)));
     desired
 }
 
@@ -150,22 +150,22 @@ impl Builder<'_> {
             kind,
             internal,
             external,
-            affinity: self.service.affinity,
+            affinity: self.service.extras().affinity,
             masquerade_always: cluster_ip && self.config.masquerade_all,
             sources: if kind == FrontendKind::LoadBalancer { self.sources(v4) } else { None },
         }
     }
 
     /// `loadBalancerSourceRanges` of one family. A list without any of the family does not restrict it.
-    fn sources(&self, v4: bool) -> Option<Sources> {
-        let ranges = self.service.source_ranges.iter().filter(|range| range.addr().is_ipv4() == v4);
+    fn sources(&self, v4: bool) -> Option<Arc<Sources>> {
+        let ranges = self.service.extras().source_ranges.iter().filter(|range| range.addr().is_ipv4() == v4);
         let ranges: Arc<[IpNet]> = ranges.copied().collect();
         let admitted = |address: &IpAddr| ranges.iter().any(|range| range.contains(address));
         // What a process's packets to the outside have as their source.
         let own = [&self.host.addresses.primary, &self.host.node.addresses];
         let node = own.into_iter().find(|own| own.iter().any(|ip| ip.is_ipv4() == v4));
         let node = node.is_some_and(|own| own.iter().any(admitted));
-        (!ranges.is_empty()).then_some(Sources { ranges, node })
+        (!ranges.is_empty()).then(|| Arc::new(Sources { ranges, node }))
     }
 }
 

@@ -140,7 +140,7 @@ pub struct Frontend {
     /// Masquerade whoever the client is (`--masquerade-all`).
     pub masquerade_always: bool,
     /// `loadBalancerSourceRanges`; `None` admits everybody.
-    pub sources: Option<Sources>,
+    pub sources: Option<Arc<Sources>>,
     /// UDP: endpoints that are in neither set and get nothing new, but still serve (they are terminating, say), so that
     /// the flows that they have stay with them. Sorted.
     pub lingering: Arc<[SocketAddr]>,

@@ -6,6 +6,7 @@
 
 mod name;
 mod node;
+mod port_names;
 mod service;
 mod slice;
 mod warning;
@@ -16,6 +17,7 @@ pub use service::{Port, Service};
 pub use slice::{Slice, SliceEndpoint, SlicePort};
 pub use warning::Warning;
 
+use port_names::PortNames;
 use std::collections::{BTreeSet, HashMap};
 use std::sync::Arc;
 use std::time::SystemTime;
@@ -52,6 +54,7 @@ pub struct Store {
     objects: HashMap<ObjectName, Entry>,
     /// Which Service a slice belongs to; its label may change while it lives.
     owners: HashMap<ObjectName, ObjectName>,
+    port_names: PortNames,
     node: Node,
     addresses: LocalAddresses,
     dirty: Dirty,
@@ -91,7 +94,10 @@ impl Store {
         }
     }
 
-    fn apply_service(&mut self, name: ObjectName, service: Option<Arc<Service>>) -> bool {
+    fn apply_service(&mut self, name: ObjectName, mut service: Option<Arc<Service>>) -> bool {
+        if let Some(service) = service.as_mut().and_then(Arc::get_mut) {
+            service.ports.iter_mut().for_each(|port| self.port_names.share(&mut port.name));
+        }
         let entry = self.objects.entry(name.clone()).or_default();
         let changed = entry.service != service;
         entry.service = service;
@@ -116,11 +122,12 @@ impl Store {
             }
         }
         if let Some(mut slice) = slice {
-            // One copy of the name in memory.
-            if let Some((known, _)) = self.objects.get_key_value(&slice.service)
-                && let Some(slice) = Arc::get_mut(&mut slice)
-            {
-                slice.service = known.clone();
+            // One copy of each name in memory.
+            if let Some(slice) = Arc::get_mut(&mut slice) {
+                if let Some((known, _)) = self.objects.get_key_value(&slice.service) {
+                    slice.service = known.clone();
+                }
+                slice.ports.iter_mut().for_each(|port| self.port_names.share(&mut port.name));
             }
             self.owners.insert(name.clone(), slice.service.clone());
             let slices = &mut self.objects.entry(slice.service.clone()).or_default().slices;

@@ -28,10 +28,10 @@ impl Categorized {
                 *other.name == *port.name && other.protocol == port.protocol
             };
             let Some(port) = slice.ports.iter().find(joins) else { continue };
-            for endpoint in slice.endpoints.iter().filter(|endpoint| endpoint.ip.is_ipv4() == v4) {
+            for (ip, endpoint) in slice.endpoints().filter(|(ip, _)| ip.is_ipv4() == v4) {
                 let new = Candidate { endpoint, zones: slice.zone_hints(endpoint) };
                 // The controller may list an endpoint in two slices for a moment. The more useful entry counts.
-                let kept = all.entry(SocketAddr::new(endpoint.ip, port.port)).or_insert(new);
+                let kept = all.entry(SocketAddr::new(ip, port.port)).or_insert(new);
                 if new.usefulness() > kept.usefulness() {
                     *kept = new;
                 }
@@ -142,8 +142,8 @@ impl Topology {
 ///
 /// A pod of both families is one: kube-proxy counts each family by itself, and serves one of the numbers.
 pub(super) fn local_ready<'a>(service: &Service, slices: impl Iterator<Item = &'a Slice>) -> usize {
-    let ready = slices.flat_map(|slice| &slice.endpoints).filter(|endpoint| endpoint.local && endpoint.ready);
-    let served = ready.map(|endpoint| endpoint.ip).filter(|ip| service.serves_family_of(ip));
+    let ready = slices.flat_map(Slice::endpoints).filter(|(_, endpoint)| endpoint.local && endpoint.ready);
+    let served = ready.map(|(ip, _)| ip).filter(|ip| service.serves_family_of(ip));
     let (v4, v6): (BTreeSet<IpAddr>, BTreeSet<IpAddr>) = served.partition(IpAddr::is_ipv4);
     v4.len().max(v6.len())
 }

@@ -1,8 +1,9 @@
 //! From changed Services to the smallest set of writes.
 
-use super::{Config, DesiredService, Host, node_port_addresses, service};
+use super::{Config, Host, node_port_addresses, service};
 use crate::model::{EndpointSet, Frontend, FrontendAddr, FrontendKind};
 use crate::store::{ObjectName, Store, Warning};
+use std::collections::btree_map::Entry;
 use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
 use std::net::IpAddr;
 use std::sync::{Arc, LazyLock};
@@ -53,13 +54,19 @@ struct Claim {
     name: ObjectName,
 }
 
-/// What is kept of a Service's [`DesiredService`]: a sorted list is a tenth of a map's size.
+/// What is kept of a Service's [`super::DesiredService`]: a sorted list is a tenth of a map's size.
 #[derive(Debug, Default)]
 struct Kept {
     created: i64,
     frontends: Box<[(FrontendAddr, Arc<Frontend>)]>,
-    warnings: Box<[Warning]>,
-    without_local: (u32, u32),
+}
+
+/// What is known of an address: something, or it is not kept.
+#[derive(Debug, Default)]
+struct Address {
+    /// The Service that has it.
+    owner: Option<ObjectName>,
+    written: Option<Arc<Frontend>>,
 }
 
 /// Keeps each Service's result, so that only what changed is computed and written.
@@ -68,10 +75,13 @@ pub struct Reconciler {
     config: Config,
     node_addresses: Vec<IpAddr>,
     services: HashMap<ObjectName, Kept>,
+    /// Of the few that have some.
+    warnings: HashMap<ObjectName, Box<[Warning]>>,
     /// The few that have a `healthCheckNodePort`, and the number of ready endpoints on this node.
     health_checks: BTreeMap<ObjectName, (u16, usize)>,
-    claims: BTreeSet<Claim>,
-    written: BTreeMap<FrontendAddr, Arc<Frontend>>,
+    addresses: BTreeMap<FrontendAddr, Address>,
+    /// Claims on addresses that another Service has.
+    losers: BTreeSet<Claim>,
     /// Where desired and written may differ.
     pending: BTreeSet<FrontendAddr>,
     /// Where the kernel may hold something else than `written` says: found at start, or a write failed.
@@ -90,9 +100,10 @@ impl Reconciler {
             config,
             node_addresses: Vec::new(),
             services: HashMap::new(),
+            warnings: HashMap::new(),
             health_checks: BTreeMap::new(),
-            claims: BTreeSet::new(),
-            written: BTreeMap::new(),
+            addresses: BTreeMap::new(),
+            losers: BTreeSet::new(),
             pending: adopted.iter().copied().collect(),
             unknown: adopted.clone(),
             adopted,
@@ -124,11 +135,12 @@ impl Reconciler {
 
     fn update_service(&mut self, store: &Store, name: ObjectName, news: &mut Vec<(ObjectName, Warning)>) {
         let old = self.services.remove(&name).unwrap_or_default();
+        let old_warnings = self.warnings.remove(&name).unwrap_or_default();
         let lost: HashSet<_> = self.lost(&old).map(|(address, loser, _)| (address, loser)).collect();
-        self.count(&old, false);
+        self.count(&old, &old_warnings, false);
         for (address, frontend) in &old.frontends {
-            self.claims.remove(&claim(*address, frontend, old.created, &name));
-            let others = self.is_claimed(*address);
+            self.release(&claim(*address, frontend, old.created, &name));
+            let others = self.owner(*address).is_some();
             self.totals.unserved[Warning::TAKEN] -= usize::from(others);
             self.pending.insert(*address);
         }
@@ -139,48 +151,83 @@ impl Reconciler {
             Host { node: store.node(), node_ports: &self.node_addresses, addresses: store.addresses() };
         let desired = service(&name, found, slices.iter().copied(), &host, &self.config);
         self.health_checks.extend(desired.health_check.map(|check| (name.clone(), check)));
-        let new = Kept::new(found.created, desired);
+        let new = Kept { created: found.created, frontends: desired.frontends.into_iter().collect() };
         for (address, frontend) in &new.frontends {
-            let others = self.is_claimed(*address);
+            let others = self.owner(*address).is_some();
             self.totals.unserved[Warning::TAKEN] += usize::from(others);
-            self.claims.insert(claim(*address, frontend, new.created, &name));
+            self.claim(claim(*address, frontend, new.created, &name));
             self.pending.insert(*address);
         }
-        let fresh = new.warnings.iter().filter(|warning| !old.warnings.contains(warning));
+        let fresh = desired.warnings.iter().filter(|warning| !old_warnings.contains(warning));
         news.extend(fresh.map(|warning| (name.clone(), warning.clone())));
         let newly_lost =
             self.lost(&new).filter(|(address, loser, _)| !lost.contains(&(*address, loser.clone())));
         news.extend(newly_lost.map(|(_, loser, warning)| (loser, warning)));
-        self.count(&new, true);
+        self.count(&new, &desired.warnings, true);
+        if !desired.warnings.is_empty() {
+            self.warnings.insert(name.clone(), desired.warnings.into());
+        }
         self.services.insert(name, new);
     }
 
     /// Claims that lose against another one, on the addresses of `kept`.
     fn lost<'a>(&'a self, kept: &'a Kept) -> impl Iterator<Item = (FrontendAddr, ObjectName, Warning)> + 'a {
         kept.frontends.iter().flat_map(|&(frontend, _)| {
-            let owner = self.claims_on(frontend).next();
-            let losers = self.claims_on(frontend).skip(1);
-            losers.filter_map(move |loser| {
-                let owner = owner?.name.clone();
+            let owner = self.owner(frontend);
+            self.losers_on(frontend).filter_map(move |loser| {
+                let owner = owner?.clone();
                 Some((frontend, loser.name.clone(), Warning::Taken { frontend, owner }))
             })
         })
     }
 
-    fn claims_on(&self, address: FrontendAddr) -> impl Iterator<Item = &Claim> {
+    fn losers_on(&self, address: FrontendAddr) -> impl Iterator<Item = &Claim> {
         static LEAST: LazyLock<ObjectName> = LazyLock::new(|| ObjectName::new("", ""));
         let first = Claim { address, not_cluster_ip: false, created: i64::MIN, name: LEAST.clone() };
-        self.claims.range(first..).take_while(move |claim| claim.address == address)
+        self.losers.range(first..).take_while(move |claim| claim.address == address)
     }
 
-    fn is_claimed(&self, address: FrontendAddr) -> bool {
-        self.claims_on(address).next().is_some()
+    fn owner(&self, address: FrontendAddr) -> Option<&ObjectName> {
+        self.addresses.get(&address)?.owner.as_ref()
+    }
+
+    /// Notes a claim of a Service that has none on this address.
+    fn claim(&mut self, new: Claim) {
+        match &mut self.addresses.entry(new.address).or_default().owner {
+            free @ None => *free = Some(new.name),
+            Some(owner) => {
+                let kept = self.services.get(owner);
+                let held = kept.and_then(|kept| {
+                    Some(claim(new.address, kept.frontend(new.address)?, kept.created, owner))
+                });
+                self.losers.insert(match held {
+                    Some(held) if new < held => {
+                        *owner = new.name;
+                        held
+                    }
+                    _ => new,
+                });
+            }
+        }
+    }
+
+    /// Forgets a claim. If it was the owner's, the next in order has the address.
+    fn release(&mut self, claim: &Claim) {
+        if self.losers.remove(claim) {
+            return;
+        }
+        let next = self.losers_on(claim.address).next().cloned();
+        let next = next.and_then(|next| self.losers.take(&next));
+        if let Entry::Occupied(mut address) = self.addresses.entry(claim.address) {
+            address.get_mut().owner = next.map(|next| next.name);
+            if address.get().owner.is_none() && address.get().written.is_none() {
+                address.remove();
+            }
+        }
     }
 
     fn wanted(&self, address: FrontendAddr) -> Option<&Arc<Frontend>> {
-        let frontends = &self.services.get(&self.claims_on(address).next()?.name)?.frontends;
-        let at = frontends.binary_search_by_key(&address, |(address, _)| *address).ok()?;
-        Some(&frontends[at].1)
+        self.services.get(self.owner(address)?)?.frontend(address)
     }
 
     /// What has to be written to get from what is written to what is wanted.
@@ -192,7 +239,8 @@ impl Reconciler {
             {
                 continue;
             }
-            match (wanted, self.written.get(&address), self.unknown.contains(&address)) {
+            let written = self.addresses.get(&address).and_then(|known| known.written.as_ref());
+            match (wanted, written, self.unknown.contains(&address)) {
                 (Some(wanted), Some(written), false) if wanted == written => {}
                 (Some(wanted), _, _) => diff.upserts.push((address, wanted.clone())),
                 (None, None, false) => {}
@@ -209,9 +257,17 @@ impl Reconciler {
             self.adopted.remove(&address);
         }
         for address in diff.deletes {
-            self.written.remove(&address);
+            if let Entry::Occupied(mut known) = self.addresses.entry(address) {
+                self.totals.frontends -= usize::from(known.get_mut().written.take().is_some());
+                if known.get().owner.is_none() {
+                    known.remove();
+                }
+            }
         }
-        self.written.extend(diff.upserts);
+        for (address, frontend) in diff.upserts {
+            let written = &mut self.addresses.entry(address).or_default().written;
+            self.totals.frontends += usize::from(written.replace(frontend).is_none());
+        }
         // What is still withheld stays pending.
         self.pending.retain(|address| self.adopted.contains(address));
     }
@@ -221,23 +277,24 @@ impl Reconciler {
         self.unknown.extend(diff.addresses());
     }
 
-    /// Everything that is written.
-    pub fn written(&self) -> &BTreeMap<FrontendAddr, Arc<Frontend>> {
-        &self.written
+    /// Everything that is written, sorted by address.
+    pub fn written(&self) -> impl Iterator<Item = (FrontendAddr, &Arc<Frontend>)> {
+        self.addresses.iter().filter_map(|(address, known)| Some((*address, known.written.as_ref()?)))
     }
 
     /// Counts, for metrics.
     pub fn totals(&self) -> Totals {
-        Totals { frontends: self.written.len(), ..self.totals }
+        self.totals
     }
 
     /// All that is not served at the moment, addresses that another Service has included.
     pub fn warnings(&self) -> impl Iterator<Item = (ObjectName, Warning)> + '_ {
-        self.services.iter().flat_map(|(name, kept)| {
-            let own = kept.warnings.iter().map(|warning| (name.clone(), warning.clone()));
-            let lost = self.lost(kept).filter(move |(_, loser, _)| loser == name);
-            own.chain(lost.map(|(_, loser, warning)| (loser, warning)))
-        })
+        let all = self.warnings.iter().flat_map(|(name, own)| own.iter().map(move |warning| (name, warning)));
+        let lost = self.losers.iter().filter_map(|Claim { address: frontend, name, .. }| {
+            let owner = self.owner(*frontend)?.clone();
+            Some((name.clone(), Warning::Taken { frontend: *frontend, owner }))
+        });
+        all.map(|(name, warning)| (name.clone(), warning.clone())).chain(lost)
     }
 
     /// The health check servers that should run: Service, port, ready endpoints on this node.
@@ -245,16 +302,17 @@ impl Reconciler {
         self.health_checks.iter().map(|(name, (port, ready))| (name, *port, *ready))
     }
 
-    fn count(&mut self, kept: &Kept, add: bool) {
+    fn count(&mut self, kept: &Kept, warnings: &[Warning], add: bool) {
         let change = |total: &mut usize, by: usize| {
             *total = if add { *total + by } else { *total - by };
         };
         change(&mut self.totals.services, usize::from(!kept.frontends.is_empty()));
-        for warning in &kept.warnings {
+        for warning in warnings {
             change(&mut self.totals.unserved[warning.reason_index()], 1);
         }
-        change(&mut self.totals.without_local_internal, kept.without_local.0 as usize);
-        change(&mut self.totals.without_local_external, kept.without_local.1 as usize);
+        let (internal, external) = kept.without_local();
+        change(&mut self.totals.without_local_internal, internal);
+        change(&mut self.totals.without_local_external, external);
     }
 }
 
@@ -268,20 +326,20 @@ fn refuses(frontend: &Frontend) -> bool {
 }
 
 impl Kept {
-    fn new(created: i64, desired: DesiredService) -> Self {
+    fn frontend(&self, at: FrontendAddr) -> Option<&Arc<Frontend>> {
+        let place = self.frontends.binary_search_by_key(&at, |(address, _)| *address).ok()?;
+        Some(&self.frontends[place].1)
+    }
+
+    /// How many ports a `Local` policy leaves without an endpoint for clients inside and outside.
+    fn without_local(&self) -> (usize, usize) {
         let (mut internal, mut external) = (BTreeSet::new(), BTreeSet::new());
-        for (address, frontend) in &desired.frontends {
+        for (address, frontend) in &self.frontends {
             let key = (&frontend.service.port, address.addr().is_ipv4());
             let (inside, outside) = frontend.without_local();
             internal.extend(inside.then_some(key));
             external.extend(outside.then_some(key));
         }
-        let without_local = (internal.len() as u32, external.len() as u32);
-        Self {
-            created,
-            without_local,
-            warnings: desired.warnings.into(),
-            frontends: desired.frontends.into_iter().collect(),
-        }
+        (internal.len(), external.len())
     }
 }

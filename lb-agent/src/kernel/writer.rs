@@ -149,7 +149,7 @@ impl MapWriter {
         let external = match self.sets.take::<A>(&mut self.tables, service, &wanted.external, udp) {
             Ok(set) => set,
             Err(error) => {
-                self.sets.release::<A>(&mut self.tables, internal)?;
+                self.sets.release::<A>(&mut self.tables, service, internal)?;
                 return Err(error);
             }
         };
@@ -157,8 +157,8 @@ impl MapWriter {
         let lingered = match self.linger(at, service, &wanted.lingering) {
             Ok(lingered) => lingered,
             Err(error) => {
-                self.sets.release::<A>(&mut self.tables, internal)?;
-                self.sets.release::<A>(&mut self.tables, external)?;
+                self.sets.release::<A>(&mut self.tables, service, internal)?;
+                self.sets.release::<A>(&mut self.tables, service, external)?;
                 return Err(error);
             }
         };
@@ -172,13 +172,13 @@ impl MapWriter {
             }
             Ok(false) => {
                 // The same sets were taken once more.
-                self.sets.release::<A>(&mut self.tables, internal)?;
-                self.sets.release::<A>(&mut self.tables, external)?;
+                self.sets.release::<A>(&mut self.tables, service, internal)?;
+                self.sets.release::<A>(&mut self.tables, service, external)?;
                 self.end_lingering(lingered)
             }
             Err(error) => {
-                self.sets.release::<A>(&mut self.tables, internal)?;
-                self.sets.release::<A>(&mut self.tables, external)?;
+                self.sets.release::<A>(&mut self.tables, service, internal)?;
+                self.sets.release::<A>(&mut self.tables, service, external)?;
                 let new = self.now_lingering(at, lingered);
                 self.end_lingering(new)?;
                 Err(error)
@@ -269,8 +269,8 @@ impl MapWriter {
     /// Lets go of what a frontend value that is no longer in the map used.
     fn retire<A: Own>(&mut self, at: &FrontendAddr, old: &Frontend) -> Result<()> {
         self.release_address::<A>(at, old)?;
-        self.sets.release::<A>(&mut self.tables, old.internal)?;
-        self.sets.release::<A>(&mut self.tables, old.external)?;
+        self.sets.release::<A>(&mut self.tables, old.service, old.internal)?;
+        self.sets.release::<A>(&mut self.tables, old.service, old.external)?;
         if self.names.release(&mut self.tables.names, old.service)? {
             self.sources.forget(&mut self.tables, old.service)?;
         }

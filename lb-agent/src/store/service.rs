@@ -6,6 +6,7 @@ use crate::objects::{self, label};
 use arcstr::ArcStr;
 use ipnet::IpNet;
 use std::net::IpAddr;
+use std::sync::LazyLock;
 use std::time::Duration;
 
 /// What is used of a Service.
@@ -17,16 +18,23 @@ pub struct Service {
     pub created: i64,
     /// `spec.clusterIPs`: at most one of each family. Families without one are not served at all.
     pub cluster_ips: Box<[IpAddr]>,
-    /// `spec.externalIPs` of the served families.
-    pub external_ips: Box<[IpAddr]>,
-    /// `status.loadBalancer.ingress[].ip` with `ipMode: VIP`, of the served families.
-    pub load_balancer_ips: Box<[IpAddr]>,
     /// The ports that can be served.
     pub ports: Box<[Port]>,
     /// `internalTrafficPolicy: Local`.
     pub internal_local: bool,
     /// `externalTrafficPolicy: Local`.
     pub external_local: bool,
+    /// `None` where there is nothing to say.
+    extras: Option<Box<Extras>>,
+}
+
+/// What few Services have.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Extras {
+    /// `spec.externalIPs` of the served families.
+    pub external_ips: Box<[IpAddr]>,
+    /// `status.loadBalancer.ingress[].ip` with `ipMode: VIP`, of the served families.
+    pub load_balancer_ips: Box<[IpAddr]>,
     /// `sessionAffinity: ClientIP`, with its timeout.
     pub affinity: Option<Duration>,
     /// `spec.loadBalancerSourceRanges`.
@@ -51,9 +59,19 @@ pub struct Port {
 }
 
 impl Service {
+    /// What few Services have.
+    pub fn extras(&self) -> &Extras {
+        static NONE: LazyLock<Extras> = LazyLock::new(Extras::default);
+        self.extras.as_deref().unwrap_or(&NONE)
+    }
+
+    fn with(self, extras: Extras) -> Self {
+        Self { extras: (extras != Extras::default()).then(|| extras.into()), ..self }
+    }
+
     /// Whether anything about it depends on the node's addresses.
     pub fn depends_on_addresses(&self) -> bool {
-        !self.source_ranges.is_empty() || self.ports.iter().any(|port| port.node_port.is_some())
+        !self.extras().source_ranges.is_empty() || self.ports.iter().any(|port| port.node_port.is_some())
     }
 
     /// Whether it has a ClusterIP of the family of `address`.
@@ -81,7 +99,7 @@ impl From<&objects::Service> for Service {
             if warnings.is_empty() {
                 warnings.push(Warning::NoClusterIp);
             }
-            return Self { warnings: warnings.into(), ..unserved };
+            return unserved.with(Extras { warnings: warnings.into(), ..Extras::default() });
         }
 
         let node_ports = matches!(kind, "NodePort" | "LoadBalancer");
@@ -89,17 +107,18 @@ impl From<&objects::Service> for Service {
         let ports = spec.ports.iter().flatten().filter_map(|port| Port::new(port, node_ports, &mut warnings));
         let ports = ports.collect();
         let mut served = Self { created, cluster_ips, ports, ..Self::default() };
+        let mut extras = Extras::default();
         let external = spec.external_ips.iter().flatten().map(String::as_str);
-        served.external_ips = served.of_our_families("spec.externalIPs", external, &mut warnings);
+        extras.external_ips = served.of_our_families("spec.externalIPs", external, &mut warnings);
         if balancer {
             let ingress = service.status.as_ref().and_then(|status| status.load_balancer.as_ref());
             let ingress = ingress.and_then(|status| status.ingress.as_deref()).unwrap_or_default();
             let vips =
                 ingress.iter().filter(|ingress| ingress.ip_mode.as_deref().is_none_or(|mode| mode == "VIP"));
             let vips = vips.filter_map(|ingress| ingress.ip.as_deref());
-            served.load_balancer_ips =
+            extras.load_balancer_ips =
                 served.of_our_families("status.loadBalancer.ingress", vips, &mut warnings);
-            served.source_ranges = source_ranges(spec, &mut warnings);
+            extras.source_ranges = source_ranges(spec, &mut warnings);
         }
         served.internal_local = spec.internal_traffic_policy.as_deref() == Some("Local");
         served.external_local = spec.external_traffic_policy.as_deref() == Some("Local")
@@ -107,16 +126,16 @@ impl From<&objects::Service> for Service {
         if spec.session_affinity.as_deref() == Some("ClientIP") {
             let config = spec.session_affinity_config.as_ref().and_then(|config| config.client_ip.as_ref());
             let seconds = config.and_then(|config| config.timeout_seconds).unwrap_or(10800);
-            served.affinity = Some(Duration::from_secs(seconds.clamp(1, 86400) as u64));
+            extras.affinity = Some(Duration::from_secs(seconds.clamp(1, 86400) as u64));
         }
         if balancer && served.external_local {
-            served.health_check_port = spec
+            extras.health_check_port = spec
                 .health_check_node_port
                 .and_then(|port| u16::try_from(port).ok())
                 .filter(|port| *port != 0);
         }
-        served.warnings = warnings.into();
-        served
+        extras.warnings = warnings.into();
+        served.with(extras)
     }
 }
 

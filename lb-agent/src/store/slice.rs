@@ -5,7 +5,7 @@ use super::{ObjectName, Warning};
 use crate::model::Protocol;
 use crate::objects::{self, label};
 use arcstr::ArcStr;
-use std::net::IpAddr;
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use std::time::SystemTime;
 
 /// What is used of an EndpointSlice.
@@ -15,12 +15,9 @@ pub struct Slice {
     pub service: ObjectName,
     /// The ports that every endpoint of the slice has.
     pub ports: Box<[SlicePort]>,
-    /// The endpoints.
-    pub endpoints: Box<[SliceEndpoint]>,
-    /// The different `hints.forZones`, see [`Slice::zone_hints`]. Endpoints are many and their zones few.
-    zones: Box<[Box<[Box<str>]>]>,
-    /// What is not served, and why.
-    pub warnings: Box<[Warning]>,
+    endpoints: Endpoints,
+    /// `None` where there is nothing to say.
+    extras: Option<Box<Extras>>,
     /// When the control plane saw what changed the slice. Not part of what the slice says.
     pub trigger: Option<SystemTime>,
 }
@@ -30,12 +27,27 @@ impl PartialEq for Slice {
         self.service == other.service
             && self.ports == other.ports
             && self.endpoints == other.endpoints
-            && self.zones == other.zones
-            && self.warnings == other.warnings
+            && self.extras == other.extras
     }
 }
 
 impl Eq for Slice {}
+
+/// With their addresses, all of one family: nothing is kept more often than these.
+#[derive(Clone, Debug, PartialEq, Eq)]
+enum Endpoints {
+    V4(Box<[(Ipv4Addr, SliceEndpoint)]>),
+    V6(Box<[(Ipv6Addr, SliceEndpoint)]>),
+}
+
+/// What few slices have.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+struct Extras {
+    /// The different `hints.forZones`, see [`Slice::zone_hints`]. Endpoints are many and their zones few.
+    zones: Box<[Box<[Box<str>]>]>,
+    /// What is not served, and why.
+    warnings: Box<[Warning]>,
+}
 
 /// A port of a slice.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -48,11 +60,9 @@ pub struct SlicePort {
     pub port: u16,
 }
 
-/// An endpoint of a slice.
+/// An endpoint of a slice, without its address.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct SliceEndpoint {
-    /// Its address.
-    pub ip: IpAddr,
     /// Takes new connections.
     pub ready: bool,
     /// Would answer, whether it is terminating or not.
@@ -92,30 +102,45 @@ impl Slice {
         let ports =
             slice.ports.iter().flatten().filter_map(|port| SlicePort::new(port, &mut warnings)).collect();
         let mut zones = Vec::new();
-        let listed = slice.endpoints.iter().flatten().zip(std::iter::repeat(v4));
-        let endpoints = listed
-            .filter_map(|(endpoint, v4)| {
-                SliceEndpoint::new(endpoint, v4?, node_name, &mut zones, &mut warnings)
-            })
-            .collect();
+        let listed = slice.endpoints.iter().flatten();
+        let listed = listed.filter_map(|endpoint| {
+            let ip = address(endpoint, v4?, &mut warnings)?;
+            Some((ip, SliceEndpoint::new(endpoint, node_name, &mut zones)))
+        });
+        let endpoints = Endpoints::new(v4 != Some(false), listed);
+        let extras = Extras { zones: zones.into(), warnings: warnings.into() };
         let trigger = meta.annotations.as_ref().and_then(|annotations| annotations.get(label::TRIGGER_TIME));
         let trigger = trigger.and_then(|time| time.parse::<k8s_openapi::jiff::Timestamp>().ok());
         Some(Self {
             service: ObjectName::new(namespace, service),
             ports,
             endpoints,
-            zones: zones.into(),
-            warnings: warnings.into(),
+            extras: (extras != Extras::default()).then(|| extras.into()),
             trigger: trigger.map(SystemTime::from),
         })
     }
 }
 
 impl Slice {
+    /// The endpoints by their addresses.
+    pub fn endpoints(&self) -> impl Iterator<Item = (IpAddr, &SliceEndpoint)> {
+        let (v4, v6): (&[_], &[_]) = match &self.endpoints {
+            Endpoints::V4(list) => (list, &[]),
+            Endpoints::V6(list) => (&[], list),
+        };
+        let v4 = v4.iter().map(|(ip, endpoint): &(Ipv4Addr, _)| (IpAddr::from(*ip), endpoint));
+        v4.chain(v6.iter().map(|(ip, endpoint): &(Ipv6Addr, _)| (IpAddr::from(*ip), endpoint)))
+    }
+
+    /// What is not served, and why.
+    pub fn warnings(&self) -> &[Warning] {
+        self.extras.as_ref().map_or(&[], |extras| &extras.warnings)
+    }
+
     /// `hints.forZones` of one of its endpoints, empty where there are none.
     pub fn zone_hints(&self, endpoint: &SliceEndpoint) -> &[Box<str>] {
         let index = usize::from(endpoint.zones).checked_sub(1);
-        index.and_then(|index| self.zones.get(index)).map_or(&[], |zones| zones)
+        index.and_then(|index| self.extras.as_ref()?.zones.get(index)).map_or(&[], |zones| zones)
     }
 }
 
@@ -129,29 +154,39 @@ impl SlicePort {
     }
 }
 
+impl Endpoints {
+    fn new(v4: bool, all: impl Iterator<Item = (IpAddr, SliceEndpoint)>) -> Self {
+        if v4 {
+            let of_v4 = |(ip, endpoint)| if let IpAddr::V4(ip) = ip { Some((ip, endpoint)) } else { None };
+            Self::V4(all.filter_map(of_v4).collect())
+        } else {
+            let of_v6 = |(ip, endpoint)| if let IpAddr::V6(ip) = ip { Some((ip, endpoint)) } else { None };
+            Self::V6(all.filter_map(of_v6).collect())
+        }
+    }
+}
+
+/// An endpoint's address, if it can be used.
+fn address(endpoint: &objects::Endpoint, v4: bool, warnings: &mut Vec<Warning>) -> Option<IpAddr> {
+    const FIELD: &str = "EndpointSlice endpoints[].addresses";
+    // Further addresses of one endpoint are the same pod again; consumers use the first.
+    let address = endpoint.addresses.as_ref()?.first()?;
+    match usable_ip(address) {
+        None => {
+            warnings.push(Warning::Address { field: FIELD, value: address.as_str().into() });
+            None
+        }
+        Some(address) if address.is_ipv4() != v4 => {
+            let reason = "the slice's addressType is the other family";
+            warnings.push(Warning::Family { field: FIELD, address, reason });
+            None
+        }
+        Some(ip) => Some(ip),
+    }
+}
+
 impl SliceEndpoint {
-    fn new(
-        endpoint: &objects::Endpoint,
-        v4: bool,
-        node_name: &str,
-        zone_sets: &mut Vec<Box<[Box<str>]>>,
-        warnings: &mut Vec<Warning>,
-    ) -> Option<Self> {
-        const FIELD: &str = "EndpointSlice endpoints[].addresses";
-        // Further addresses of one endpoint are the same pod again; consumers use the first.
-        let address = endpoint.addresses.as_ref()?.first()?;
-        let ip = match usable_ip(address) {
-            None => {
-                warnings.push(Warning::Address { field: FIELD, value: address.as_str().into() });
-                return None;
-            }
-            Some(address) if address.is_ipv4() != v4 => {
-                let reason = "the slice's addressType is the other family";
-                warnings.push(Warning::Family { field: FIELD, address, reason });
-                return None;
-            }
-            Some(ip) => ip,
-        };
+    fn new(endpoint: &objects::Endpoint, node_name: &str, zone_sets: &mut Vec<Box<[Box<str>]>>) -> Self {
         let conditions = endpoint.conditions.as_ref();
         let hints = endpoint.hints.as_ref();
         let nodes = hints.and_then(|hints| hints.for_nodes.as_deref()).filter(|nodes| !nodes.is_empty());
@@ -166,8 +201,7 @@ impl SliceEndpoint {
                 zone_sets.len() - 1
             }) + 1
         };
-        Some(Self {
-            ip,
+        Self {
             ready: conditions.and_then(|c| c.ready).unwrap_or(true),
             serving: conditions.and_then(|c| c.serving).unwrap_or(true),
             terminating: conditions.and_then(|c| c.terminating).unwrap_or(false),
@@ -175,6 +209,6 @@ impl SliceEndpoint {
             node_hint: nodes.map(|nodes| nodes.iter().any(|node| node.name == node_name)),
             // A slice has 1,000 endpoints at most.
             zones: u16::try_from(zones).unwrap_or(0),
-        })
+        }
     }
 }

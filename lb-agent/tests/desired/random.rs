@@ -135,7 +135,9 @@ proptest! {
             reconciler.committed(diff);
             prop_assert_eq!(&kernel, &from_scratch(&world, &Kernel::new()));
             prop_assert_eq!(&kernel, &from_scratch(&world, &kernel), "after a restart");
-            prop_assert_eq!(&kernel, reconciler.written());
+            let written: Kernel = reconciler.written().map(|(at, frontend)| (at, frontend.clone())).collect();
+            prop_assert_eq!(&kernel, &written);
+            prop_assert_eq!(reconciler.totals().frontends, kernel.len());
             prop_assert!(reconciler.diff().is_empty(), "a second difference");
         }
         // Every address is somebody's, and no claim that lost goes without a warning or uncounted.

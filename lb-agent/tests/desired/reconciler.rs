@@ -100,7 +100,7 @@ fn the_older_service_keeps_a_contested_address() {
     bench.world.service("b/old", at("2026-01-01T00:00:00Z", "10.96.0.1")).endpoints("b/old", "");
     bench.world.service("a/new", at("2026-01-02T00:00:00Z", "10.96.0.1"));
     bench.write();
-    let owner = |bench: &Bench| bench.reconciler.written().values().next().map(|f| f.service.to_string());
+    let owner = |bench: &Bench| bench.reconciler.written().next().map(|(_, f)| f.service.to_string());
     assert_eq!(owner(&bench).as_deref(), Some("b/old"));
     let expected = "a/new: TCP 10.96.0.1:80 is not served: b/old is older and has it already";
     assert_eq!(bench.warnings, [expected]);
@@ -132,11 +132,7 @@ fn age_then_name_decides_and_arrival_does_not() {
             bench.world.service(service, at("2026-01-01T00:00:00Z", "10.96.0.1"));
             bench.write();
         }
-        assert_eq!(
-            bench.reconciler.written().values().next().unwrap().service.service.name(),
-            "a",
-            "{order:?}"
-        );
+        assert_eq!(bench.reconciler.written().next().unwrap().1.service.service.name(), "a", "{order:?}");
     }
 }
 
@@ -149,7 +145,7 @@ fn nobody_takes_over_a_cluster_ip() {
     bench.write();
     bench.world.service("web", at("2026-01-01T00:00:00Z", "10.96.0.1"));
     bench.write();
-    assert_eq!(bench.reconciler.written().values().next().unwrap().service.service.name(), "web");
+    assert_eq!(bench.reconciler.written().next().unwrap().1.service.service.name(), "web");
     assert!(
         bench.warnings[0].starts_with("default/thief: TCP 10.96.0.1:80 is not served"),
         "{:?}",

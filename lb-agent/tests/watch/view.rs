@@ -102,6 +102,6 @@ impl View {
     /// The addresses in a slice.
     pub(crate) fn addresses(&self, slice: &str) -> Vec<String> {
         let slice = self.slices.get(slice);
-        slice.iter().flat_map(|slice| &slice.endpoints).map(|endpoint| endpoint.ip.to_string()).collect()
+        slice.iter().flat_map(|slice| slice.endpoints()).map(|(ip, _)| ip.to_string()).collect()
     }
 }

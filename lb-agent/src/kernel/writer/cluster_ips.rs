@@ -11,7 +11,7 @@ use std::net::IpAddr;
 /// How many frontends each address has.
 #[derive(Debug)]
 pub(super) struct ClusterIps<A> {
-    frontends: HashMap<A, usize>,
+    frontends: HashMap<A, u32>,
     /// Of all of them, as written. It only grows: too large costs a look-up now and then.
     range: Option<IpNet>,
 }

@@ -12,7 +12,7 @@ use std::collections::HashMap;
 pub(super) struct Names {
     ids: HashMap<ServicePort, u32>,
     /// By id: the name and how many frontends use it.
-    held: HashMap<u32, (ServicePort, usize)>,
+    held: HashMap<u32, (ServicePort, u32)>,
     last: u32,
 }
 

@@ -6,6 +6,7 @@ use crate::model::{Endpoint, EndpointSet, FrontendAddr};
 use anyhow::{Context as _, Result, bail};
 use lb_common::addr::{Ip4, Ip6, NetPort};
 use lb_common::maps::{Frontend, SLOT_GROUP, Set, Slot, SlotGroup, SlotGroupKey};
+use std::collections::btree_map::Entry;
 use std::collections::{BTreeMap, HashMap, HashSet};
 use std::net::SocketAddr;
 use std::sync::Arc;
@@ -13,8 +14,8 @@ use std::sync::mpsc::SyncSender;
 
 #[derive(Debug, Default)]
 pub(super) struct Sets {
-    by_content: HashMap<(u32, Arc<[Endpoint]>, bool), u32>,
-    by_id: HashMap<u32, Held>,
+    /// By [`Frontend::service`], of which each has a few, and id.
+    held: BTreeMap<(u32, u32), Held>,
     last: u32,
     /// Entries of the slot tables: IPv4, IPv6.
     groups: [usize; 2],
@@ -31,11 +32,10 @@ pub(super) struct Sets {
 
 #[derive(Debug)]
 struct Held {
-    service: u32,
     endpoints: Arc<[Endpoint]>,
     udp: bool,
     v4: bool,
-    frontends: usize,
+    frontends: u32,
     /// One past the last slot: more than there are endpoints where a killed agent had begun to delete them.
     slots: u32,
 }
@@ -70,11 +70,10 @@ impl Sets {
     ) -> Result<Set> {
         let EndpointSet::Endpoints(endpoints) = wanted else { return Ok(NO_SET) };
         let count = u32::try_from(endpoints.len())?;
-        let content = (service, Arc::clone(endpoints), udp);
-        if let Some(id) = self.by_content.get(&content) {
-            if let Some(held) = self.by_id.get_mut(id) {
-                held.frontends += 1;
-            }
+        let mut of_service = self.held.range_mut((service, 0)..=(service, u32::MAX));
+        let same = |held: &Held| held.udp == udp && held.endpoints == *endpoints;
+        if let Some(((_, id), held)) = of_service.find(|(_, held)| same(held)) {
+            held.frontends += 1;
             return Ok(Set { id: *id, count });
         }
         let id = self.last.checked_add(1).context("set ids are used up: remove the pinned maps")?;
@@ -86,10 +85,8 @@ impl Sets {
                 return Err(error);
             }
         }
-        self.by_content.insert(content, id);
-        let held =
-            Held { service, endpoints: Arc::clone(endpoints), udp, v4: A::IS_V4, frontends: 1, slots: count };
-        self.by_id.insert(id, held);
+        let held = Held { endpoints: Arc::clone(endpoints), udp, v4: A::IS_V4, frontends: 1, slots: count };
+        self.held.insert((service, id), held);
         Ok(Set { id, count })
     }
 
@@ -148,16 +145,15 @@ impl Sets {
     }
 
     /// Gives back one use of a set; the last one deletes its slots.
-    pub(super) fn release<A: NodeAddr>(&mut self, tables: &mut Tables, set: Set) -> Result<()> {
-        let Some(held) = self.by_id.get_mut(&set.id) else { return Ok(()) };
-        held.frontends = held.frontends.saturating_sub(1);
-        if held.frontends > 0 {
+    pub(super) fn release<A: NodeAddr>(&mut self, tables: &mut Tables, service: u32, set: Set) -> Result<()> {
+        let Entry::Occupied(mut held) = self.held.entry((service, set.id)) else { return Ok(()) };
+        held.get_mut().frontends = held.get().frontends.saturating_sub(1);
+        if held.get().frontends > 0 {
             return Ok(());
         }
-        let Some(held) = self.by_id.remove(&set.id) else { return Ok(()) };
-        self.by_content.remove(&(held.service, Arc::clone(&held.endpoints), held.udp));
+        let held = held.remove();
         self.remove_groups::<A>(tables, set.id, set.count as usize)?;
-        self.release_backends(tables, held.service, &held.endpoints, held.udp)
+        self.release_backends(tables, service, &held.endpoints, held.udp)
     }
 
     /// Deletes the entries that a set of so many slots has.
@@ -262,7 +258,7 @@ impl Sets {
         groups: HashMap<u32, Vec<(u32, SlotGroup<A>)>>,
         frontends: &HashMap<FrontendAddr, Frontend>,
     ) -> Result<()> {
-        let mut users: BTreeMap<u32, (u32, bool, usize)> = BTreeMap::new();
+        let mut users: BTreeMap<u32, (u32, bool, u32)> = BTreeMap::new();
         for (at, frontend) in frontends.iter().filter(|(at, _)| at.addr().is_ipv4() == A::IS_V4) {
             for set in [frontend.internal, frontend.external] {
                 let udp = at.protocol == crate::model::Protocol::Udp;
@@ -293,11 +289,9 @@ impl Sets {
                     self.orphans.push((slot.backend_id, slot.backend_epoch));
                 }
             }
-            if frontends > 0 {
-                self.by_content.insert((service, Arc::clone(&endpoints), udp), id);
-            }
             let end = groups.last().map_or(0, |(group, _)| (group + 1) * SLOT_GROUP as u32);
-            self.by_id.insert(id, Held { service, endpoints, udp, v4: A::IS_V4, frontends, slots: end });
+            let held = Held { endpoints, udp, v4: A::IS_V4, frontends, slots: end };
+            self.held.insert((service, id), held);
         }
         Ok(())
     }
@@ -305,13 +299,16 @@ impl Sets {
     /// Deletes what an agent left behind that was killed between two steps.
     pub(super) fn drop_orphans(&mut self, tables: &mut Tables) -> Result<()> {
         let orphans: Vec<_> = self
-            .by_id
+            .held
             .iter()
             .filter(|(_, held)| held.frontends == 0)
-            .map(|(id, held)| (Set { id: *id, count: held.slots }, held.v4))
+            .map(|((service, id), held)| (*service, Set { id: *id, count: held.slots }, held.v4))
             .collect();
-        for (set, v4) in orphans {
-            if v4 { self.release::<Ip4>(tables, set)? } else { self.release::<Ip6>(tables, set)? }
+        for (service, set, v4) in orphans {
+            match v4 {
+                true => self.release::<Ip4>(tables, service, set)?,
+                false => self.release::<Ip6>(tables, service, set)?,
+            }
         }
         self.adopt_lingering::<Ip4>(tables)?;
         self.adopt_lingering::<Ip6>(tables)?;

@@ -205,7 +205,10 @@ fn source_ranges_come_and_go_with_their_service() {
     let (vip, other) = (at("203.0.113.1:80", Protocol::Tcp), at("10.96.0.10:80", Protocol::Tcp));
     let balancer = |ranges: &[&str], node| Frontend {
         kind: FrontendKind::LoadBalancer,
-        sources: Some(Sources { ranges: ranges.iter().map(|r| r.parse().expect("a range")).collect(), node }),
+        sources: Some(Arc::new(Sources {
+            ranges: ranges.iter().map(|r| r.parse().expect("a range")).collect(),
+            node,
+        })),
         ..frontend("web", endpoints(&["10.42.0.5:8080"]))
     };
     put(&mut writer, other, frontend("web", endpoints(&["10.42.0.5:8080"])));
