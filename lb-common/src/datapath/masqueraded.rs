@@ -18,7 +18,8 @@ pub(super) fn at_this_device<A: Addr, K: Kernel>(kernel: &K, entry: &Flow<A>) ->
     entry.side == Side::Back as u8 && entry.masq_device == kernel.device_index() as DeviceIndex
 }
 
-/// A packet of no known flow leaves as [`may_be`] says, and is not to be masqueraded: keeps others off its port, or gives it a free one.
+/// A packet of no known flow leaves as [`may_be`] says, and is not to be masqueraded: keeps others off its port, or gives
+/// it a free one.
 #[inline(never)]
 pub(super) fn keep_port<A: Wire, P: Packet, K: Tables<A>>(
     packet: &mut P,
