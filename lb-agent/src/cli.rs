@@ -104,6 +104,11 @@ pub struct RunArgs {
     #[arg(long, value_name = "WHEN", env = "LB_BRIDGE_SHORTCUT", default_value = "auto")]
     pub bridge_shortcut: BridgeShortcut,
 
+    /// Hand the packets of Services' flows that have begun on at once: pods: to pods of this node; all: from pods to overlays
+    /// (vxlan), too. They go past routing, bridge and netfilter: NetworkPolicy in FORWARD sees a flow's first packet only
+    #[arg(long, value_name = "WHAT", env = "LB_REDIRECT", default_value = "off")]
+    pub redirect: Redirect,
+
     /// Send established flows that only pass through this node on from driver to driver (XDP): off; auto: on uplinks
     /// whose driver can, veths excepted; native: on veths, too; generic: on all, by the kernel in the drivers' place, which
     /// is slower
@@ -206,6 +211,17 @@ pub enum BridgeShortcut {
     On,
     /// Never: they are routed.
     Off,
+}
+
+/// Which packets go past the node's own ways.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum Redirect {
+    /// None.
+    Off,
+    /// Those of Services' flows to pods of this node, but for the first.
+    Pods,
+    /// Those from its pods to overlays, too.
+    All,
 }
 
 /// Where the objects come from.

@@ -175,7 +175,7 @@ pub struct Flow<A> {
     pub vip_port: NetPort,
     /// Port of `backend`.
     pub backend_port: NetPort,
-    /// Port of `masq`.
+    /// Port of `masq`. (With [`Flow::DEVICE`] part of [`Flow::device`].)
     pub masq_port: NetPort,
     /// When a packet last found this entry: seconds of the kernel's monotonic clock.
     pub last_seen: u32,
@@ -191,13 +191,14 @@ pub struct Flow<A> {
     /// Nothing, but what comes after it is elsewhere.
     #[cfg(feature = "layout-next")]
     pub spare: [u16; 3],
-    /// Low half of the index of the device that the source is translated at; with [`Flow::MASQ_DONE`].
+    /// Low half of the index of the device that the source is translated at; with [`Flow::MASQ_DONE`]. (With
+    /// [`Flow::DEVICE`] part of [`Flow::device`].)
     pub masq_device: DeviceIndex,
     /// IP protocol.
     pub proto: u8,
     /// [`Side`] as a number.
     pub side: u8,
-    /// `DNAT`, `BRIDGED` and the `MASQ_*` bits.
+    /// `DNAT`, `BRIDGED`, `DEVICE`, `REDIRECT` and the `MASQ_*` bits.
     pub flags: u8,
     /// [`Flow::FIN`], [`Flow::RST`] and [`Flow::SEEN`], per entry.
     pub state: u8,
@@ -214,6 +215,12 @@ impl<A: Addr> Flow<A> {
     pub const MASQ_DONE: u8 = 8;
     /// Client and backend may be behind one bridge, which can carry the packets.
     pub const BRIDGED: u8 = 16;
+    /// [`Flow::device`] says behind which device the pod is that this entry's packets are for. Of this entry alone, and
+    /// never with [`Flow::MASQ_DONE`].
+    pub const DEVICE: u8 = 32;
+    /// Packets that find this entry at ingress may be redirected: to that pod, or where the kernel routes them. Of this
+    /// entry alone.
+    pub const REDIRECT: u8 = 64;
 
     /// A TCP FIN went by in this entry's direction.
     pub const FIN: u8 = 1;
@@ -292,7 +299,34 @@ impl<A: Addr> Flow<A> {
     /// The same flow as an entry of that side.
     #[inline(always)]
     pub fn as_side(&self, side: Side) -> Self {
-        Self { side: side as u8, state: 0, ..*self }
+        let entry = Self { side: side as u8, state: 0, ..*self };
+        if self.flags & (Self::DEVICE | Self::REDIRECT) != 0 { entry.without_device() } else { entry }
+    }
+
+    /// Index of the device that [`Flow::DEVICE`] speaks of. It has the place of the masquerade port and of the device
+    /// that goes with it, which such an entry has not.
+    #[inline(always)]
+    pub fn device(&self) -> u32 {
+        u32::from(self.masq_port.wire()) << 16 | u32::from(self.masq_device) & 0xffff
+    }
+
+    /// The same entry with [`Flow::DEVICE`].
+    #[inline(always)]
+    pub fn with_device(self, device: u32) -> Self {
+        let masq_port = NetPort::from_wire((device >> 16) as u16);
+        Self {
+            masq_port,
+            masq_device: DeviceIndex::from(device as u16),
+            flags: self.flags | Self::DEVICE,
+            ..self
+        }
+    }
+
+    /// The same entry without.
+    #[inline(always)]
+    pub fn without_device(self) -> Self {
+        let flags = self.flags & !(Self::DEVICE | Self::REDIRECT);
+        Self { masq_port: self.client_port, masq_device: 0, flags, ..self }
     }
 
     /// Whether `other` is an entry of the same connection.
@@ -636,6 +670,8 @@ impl Device {
     pub const BRIDGED4: u32 = 4;
     /// The same for IPv6.
     pub const BRIDGED6: u32 = 8;
+    /// A pod's veth or an overlay that packets may be redirected to, past everything between the hooks.
+    pub const REDIRECT: u32 = 16;
 
     /// The flag of a family.
     #[inline(always)]
@@ -765,6 +801,8 @@ pub mod flags {
     pub const CSUM_IPV6: u32 = 16;
     /// Another version's programs are behind: tell them what has been seen to.
     pub const FRONT: u32 = 32;
+    /// Redirect the packets of established flows to devices that [`super::Device::REDIRECT`] admits.
+    pub const REDIRECT: u32 = 64;
 }
 
 /// Key of the socket tables: a socket and one peer of it. IPv4 is mapped.

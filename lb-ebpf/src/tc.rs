@@ -91,6 +91,8 @@ fn family<A: Wire + Maps>(mut skb: Skb, hook: Hook) -> i32 {
             TC_ACT_UNSPEC
         }
         Verdict::Leave => TC_ACT_UNSPEC,
+        Verdict::Redirect(device) => next_hop::redirect(skb.0, device),
+        Verdict::Route => next_hop::send_on::<A>(skb.0),
         Verdict::Drop(reason) => {
             around.count(reason);
             log(&skb, reason);
@@ -270,7 +272,7 @@ fn check(result: i64) -> Result<(), Reason> {
 
 /// What surrounds a packet: maps and helpers.
 #[derive(Clone, Copy)]
-struct Around(*mut __sk_buff);
+pub(crate) struct Around(pub(crate) *mut __sk_buff);
 
 impl Context for Around {
     #[inline(always)]
@@ -327,6 +329,17 @@ impl Kernel for Around {
     fn device_index(&self) -> u32 {
         // SAFETY: the context is valid.
         unsafe { (*self.0).ifindex }
+    }
+
+    #[inline(always)]
+    fn device_at(&self, index: u32) -> Option<&Device> {
+        // SAFETY: as above.
+        unsafe { LB_DEVICE.get(index) }
+    }
+
+    #[inline(always)]
+    fn redirects(&self) -> bool {
+        FLAGS.load() & flags::REDIRECT != 0
     }
 
     #[inline(always)]
@@ -456,6 +469,11 @@ impl<A: Maps> Tables<A> for Around {
             state
         };
         !matches!(state, TCP_TIME_WAIT | TCP_CLOSE | TCP_LISTEN)
+    }
+
+    #[inline(always)]
+    fn route(&self, src: A, dst: A) -> u32 {
+        next_hop::device(self.0, src, dst)
     }
 
     #[inline(always)]

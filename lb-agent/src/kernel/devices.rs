@@ -8,7 +8,7 @@ pub use stats::Stats;
 
 use super::pins::Pins;
 use super::xdp::Xdp;
-use crate::cli::{BridgeShortcut, RunArgs};
+use crate::cli::{BridgeShortcut, Redirect, RunArgs};
 use crate::store::LocalAddresses;
 use anyhow::{Context as _, Result};
 use classify::{Role, classify};
@@ -154,12 +154,20 @@ impl Devices {
 
     fn entry(&self, link: &Link, role: Role, snapshot: &Snapshot, short_cut: u32) -> Entry {
         let flags = match role {
-            Role::Pod if link.bridge.is_some() => Entry::POD | short_cut,
-            Role::Pod => Entry::POD,
+            Role::Pod if link.bridge.is_some() => Entry::POD | short_cut | self.redirect(link),
+            Role::Pod => Entry::POD | self.redirect(link),
             Role::Uplink if self.args.masquerade => Entry::MASQUERADE,
-            Role::Uplink | Role::Overlay => 0,
+            Role::Uplink => 0,
+            Role::Overlay if self.args.redirect == Redirect::All => Entry::REDIRECT,
+            Role::Overlay => 0,
         };
         snapshot.entry(link, flags)
+    }
+
+    /// Whether packets may be redirected to what is behind it: only to a veth's end in another network namespace.
+    fn redirect(&self, link: &Link) -> u32 {
+        let veth = link.kind.as_deref() == Some("veth") && link.peer_netns.is_some();
+        if veth && self.args.redirect != Redirect::Off { Entry::REDIRECT } else { 0 }
     }
 
     /// Whether a bridge may carry what pods send to Services' endpoints on it: where bridged packets pass the FORWARD

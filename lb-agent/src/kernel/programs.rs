@@ -3,7 +3,7 @@
 use super::pins::{Pins, Place};
 use super::upgrade;
 use super::xdp;
-use crate::cli::{RunArgs, SocketLb, XdpArg};
+use crate::cli::{Redirect, RunArgs, SocketLb, XdpArg};
 use anyhow::{Context as _, Result, anyhow, bail};
 use aya::maps::MapInfo;
 use aya::programs::{Program, ProgramError, ProgramType, SchedClassifier, Xdp};
@@ -122,6 +122,9 @@ pub fn load(pins: &Pins, args: &RunArgs, features: Features, place: Place) -> Re
     }
     if args.log_packets {
         bits |= flags::LOG;
+    }
+    if args.redirect != Redirect::Off {
+        bits |= flags::REDIRECT;
     }
     if place == Place::Front {
         bits |= flags::FRONT;

@@ -41,8 +41,12 @@ impl Loaded {
         unshare(CloneFlags::CLONE_NEWNET)
             .expect("the program tests make network namespaces: run them as root");
         let features = Features::probe().expect("the program tests load BPF programs: run them as root");
-        let (bits, first, last) =
-            (features.flags & flags::COARSE_CLOCK, u32::from(world.ports.0), u32::from(world.ports.1));
+        let redirect = if world.redirects { flags::REDIRECT } else { 0 };
+        let (bits, first, last) = (
+            features.flags & flags::COARSE_CLOCK | redirect,
+            u32::from(world.ports.0),
+            u32::from(world.ports.1),
+        );
         let mut loader = EbpfLoader::new();
         loader
             .override_global("FLAGS", &bits, true)

@@ -5,6 +5,7 @@ use crate::support::build::{self, ACK, FIN, L4, PORT_UNREACHABLE, SYN, TIME_EXCE
 use crate::support::cluster::{BOTH, CLIENT, Net, UPLINK, serve, sock};
 use crate::support::frame::Frame;
 use crate::support::paths::{Runner as _, Talk, WAYS, Way, node, paths};
+use crate::support::redirect::{self, redirecting};
 use crate::support::world::{Action, Fam, Hook};
 use lb_common::datapath::Reason;
 use lb_common::maps::{Frontend, Side};
@@ -61,6 +62,33 @@ fn every_hook_of_every_path_does_its_one_rewrite() {
         let expected = if reason == Reason::NewFlow { flows } else { 0 };
         assert_eq!(loaded.counter(reason), expected, "{reason:?}");
     }
+}
+
+/// The kernel takes both rewrites at once, and says where to: `TC_ACT_REDIRECT`. (There is one device here, so that
+/// only ways from pod to pod can be told apart from others.)
+#[test]
+fn packets_are_redirected_from_pod_to_pod() {
+    let mut loaded = Loaded::new(&redirecting());
+    let mut redirected = 0;
+    for v6 in BOTH {
+        for (port, mut path) in (5000..).zip(paths(v6)) {
+            path.client.set_port(port);
+            for l4 in [L4::Tcp(SYN), L4::Udp] {
+                let mut conversation = Talk::new(&path, l4, false);
+                let first = conversation.send(&mut loaded, Way::Forward, l4, b"");
+                first.unwrap_or_else(|trouble| panic!("{}", trouble.text));
+                for flags in [ACK, ACK, FIN | ACK] {
+                    let l4 = if l4 == L4::Udp { l4 } else { L4::Tcp(flags) };
+                    for way in WAYS {
+                        let sent = redirect::send(&mut loaded, &mut conversation, way, l4);
+                        redirected += usize::from(sent.unwrap_or_else(|trouble| panic!("{}", trouble.text)));
+                    }
+                }
+            }
+        }
+    }
+    // But for the client's FIN.
+    assert_eq!(redirected, 2 * (2 * 3 * 2 - 1));
 }
 
 #[test]

@@ -133,7 +133,11 @@ fn known<A: Wire, P: Packet, K: Tables<A>>(
 
 /// A backend's packet becomes the Service's, to the port that the client knows as its own.
 #[inline(always)]
-fn back<A: Wire, P: Packet>(packet: &mut P, headers: &Headers<A>, flow: &Flow<A>) -> Result<(), Reason> {
+pub(super) fn back<A: Wire, P: Packet>(
+    packet: &mut P,
+    headers: &Headers<A>,
+    flow: &Flow<A>,
+) -> Result<(), Reason> {
     rewrite(packet, headers, End::Source, flow.vip, flow.vip_port)?;
     if flow.client_port != headers.key.dport {
         new_port(packet, headers, End::Destination, flow.client_port)?;

@@ -8,6 +8,7 @@
 use super::ingress::{begins_here, onward};
 use super::parse::{Headers, Kind, Wire};
 use super::ports::Ports;
+use super::redirect::client_device;
 use super::{FlowRef, Flows, Outcome, Packet, Put, PutError, Reason, Tables, Verdict};
 use crate::addr::NetPort;
 use crate::maps::{Addr, Flow, FlowKey, FrontendKey, Side, Slot};
@@ -56,7 +57,14 @@ const TAKEN: u32 = 2;
 /// All or none: half of a flow that was refused would translate the replies of the one that it collided with.
 #[inline(always)]
 fn put_all<A: Addr, K: Tables<A>>(kernel: &K, draft: &FlowRef<'_, A>) -> u32 {
+    if kernel.redirects() {
+        draft.set_device(client_device(kernel));
+    }
     let result = put(kernel, draft, Side::Reply);
+    if kernel.redirects() {
+        // The others are not for the client.
+        draft.set_device(0);
+    }
     if result != ENTERED {
         return result;
     }

@@ -4,7 +4,7 @@ use super::choose::{choose, repair};
 use super::enter::{LOOK_ON, forget, stale, straight};
 use super::parse::{Headers, Kind, NotOurs, UDP, Wire, parse};
 use super::rewrite::{End, new_port, rewrite};
-use super::{FlowRef, Kernel, Packet, Put, Reason, Tables, Taken, Verdict, fragments, icmp_error};
+use super::{FlowRef, Kernel, Packet, Put, Reason, Tables, Taken, Verdict, fragments, icmp_error, redirect};
 use crate::maps::{Addr, Device, Flow, FlowKey, Frontend, FrontendKey, Side, cidr, stance};
 
 /// A packet comes in on a device.
@@ -31,7 +31,8 @@ fn whole<A: Wire, P: Packet, K: Tables<A>>(packet: &mut P, kernel: &K, headers: 
     }
     if let Some(entry) = kernel.flow(&headers.key) {
         match known(kernel, headers, &entry) {
-            Known::Translate => return onward(packet, headers, entry.get()),
+            Known::Translate => return redirect::request(packet, kernel, headers, entry.get()),
+            Known::Reply => return redirect::reply(packet, kernel, headers, &entry),
             Known::Untouched => return Verdict::Pass,
             Known::Held => return Verdict::Drop(Reason::HandedOver),
             Known::Straight => match straight(packet, kernel, headers, entry.get()) {
@@ -81,6 +82,8 @@ pub(super) fn done(result: Result<(), Reason>) -> Verdict {
 enum Known {
     /// It says the new destination.
     Translate,
+    /// A backend's reply on its way through.
+    Reply,
     /// A flow whose destination is not translated, or not that way.
     Untouched,
     /// Sent to a backend that a Service's flow with the same tuple has, too.
@@ -120,8 +123,7 @@ fn known<A: Addr, K: Tables<A>>(kernel: &K, headers: &Headers<A>, entry: &FlowRe
         Some(Side::Forward) if flow.flags & Flow::<A>::DNAT != 0 => Known::Straight,
         Some(Side::Forward) if headers.starts_flow() => Known::Over,
         Some(Side::Forward) => Known::Untouched,
-        // A backend's reply on its way through.
-        Some(Side::Reply) => Known::Untouched,
+        Some(Side::Reply) => Known::Reply,
         // Netfilter's, as long as the connection lasts, or the backend of the datagrams.
         Some(Side::Foreign) if matches!(headers.kind, Kind::Tcp(_)) && headers.starts_flow() => Known::Over,
         Some(Side::Foreign) if stale(kernel, flow) => {

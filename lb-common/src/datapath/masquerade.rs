@@ -5,6 +5,7 @@ use super::ingress::done;
 use super::parse::{Headers, Kind, Wire, tcp_flags};
 use super::ports::{Ports, neighbour};
 use super::reclaim::{is_closed, make_room};
+use super::redirect::settle;
 use super::rewrite::{End, rewrite};
 use super::{FlowRef, Flows, Outcome, Packet, Put, PutError, Reason, Tables, Taken, Verdict};
 use crate::addr::NetPort;
@@ -73,6 +74,9 @@ pub(super) fn decide<A: Wire, P: Packet, K: Tables<A>>(
     let Some(device) = kernel.device() else { return Verdict::Pass.raw() };
     if flow.flags & Flow::<A>::MASQ_NEEDED == 0 && !wanted(kernel, headers, device) {
         entry.set_masquerade(flow.flags & Flow::<A>::DNAT, flow.client, flow.client_port);
+        if kernel.redirects() {
+            settle(kernel, entry.get());
+        }
         return Verdict::Pass.raw();
     }
     let Some(draft) = kernel.draft() else { return Verdict::Pass.raw() };

@@ -15,6 +15,7 @@ mod masqueraded;
 mod parse;
 mod ports;
 mod reclaim;
+mod redirect;
 mod reject;
 mod rewrite;
 #[cfg(test)]
@@ -34,6 +35,7 @@ use core::ptr::NonNull;
 pub use egress::egress;
 pub use ingress::ingress;
 pub use parse::Wire;
+pub use redirect::{admitted, route};
 pub use reject::{Reshape, reject};
 pub use transit::{Both, Driver, NextHop, Query, RawPacket, Routes, Sent, transit};
 
@@ -46,6 +48,11 @@ pub enum Verdict {
     Leave,
     /// The same, and to a backend that may be behind the bridge that the packet was sent to: if so, the bridge can carry it.
     Bridge,
+    /// Rewritten at both ends, for the pod behind the device of that index: into its own network namespace at once, if it
+    /// is [`admitted`]. If not, on its way.
+    Redirect(u32),
+    /// Rewritten: out at once by the device that [`route`] says. If it says none, on its way.
+    Route,
     /// Gone, and counted under this reason.
     Drop(Reason),
     /// Answered with a TCP reset or an ICMP port unreachable, which replaces it and leaves where it came in.
@@ -66,6 +73,9 @@ impl Verdict {
             Self::Pass => 0,
             Self::Leave => 0x800,
             Self::Bridge => 0x300,
+            Self::Route => 0x700,
+            // An index is a positive `int`.
+            Self::Redirect(device) => 0x8000_0000 | device,
             Self::Drop(reason) => 0x100 | reason as u32,
             Self::Reject(reason) => 0x200 | reason as u32,
         }
@@ -74,11 +84,15 @@ impl Verdict {
     /// From [`Outcome`].
     #[inline(always)]
     pub(crate) fn from_raw(raw: Outcome) -> Self {
+        if raw & 0x8000_0000 != 0 {
+            return Self::Redirect(raw & 0x7fff_ffff);
+        }
         let reason = Reason::from_index(raw & 0xff);
         match raw & 0x300 {
             0x100 => Self::Drop(reason),
             0x200 => Self::Reject(reason),
             _ if raw == Self::Leave.raw() => Self::Leave,
+            _ if raw == Self::Route.raw() => Self::Route,
             0x300 => Self::Bridge,
             _ => Self::Pass,
         }
@@ -135,11 +149,13 @@ pub enum Reason {
     XdpForwarded,
     /// Not dropped: XDP knew the packet's flow, but left it to the tc hooks.
     XdpLeft,
+    /// Not dropped: packets of a new flow are redirected to pods from now on.
+    Redirected,
 }
 
 impl Reason {
     /// All of them, in the counters' order.
-    pub const ALL: [Self; 23] = [
+    pub const ALL: [Self; 24] = [
         Self::NoEndpoint,
         Self::NoLocalEndpoint,
         Self::NoSuchPort,
@@ -163,6 +179,7 @@ impl Reason {
         Self::Reclaimed,
         Self::XdpForwarded,
         Self::XdpLeft,
+        Self::Redirected,
     ];
 
     /// From the counter's index.
@@ -192,6 +209,7 @@ impl Reason {
             20 => Self::Reclaimed,
             21 => Self::XdpForwarded,
             22 => Self::XdpLeft,
+            23 => Self::Redirected,
             _ => Self::Malformed,
         }
     }
@@ -222,6 +240,7 @@ impl Reason {
             Self::Reclaimed => "reclaimed",
             Self::XdpForwarded => "xdp_forwarded",
             Self::XdpLeft => "xdp_left",
+            Self::Redirected => "redirected",
         }
     }
 
@@ -285,6 +304,10 @@ pub trait Kernel: Context {
     fn device(&self) -> Option<&Device>;
     /// Its index.
     fn device_index(&self) -> u32;
+    /// Another device that is served.
+    fn device_at(&self, index: u32) -> Option<&Device>;
+    /// Whether packets may be redirected at all.
+    fn redirects(&self) -> bool;
     /// Whether the node reserves that port (host order).
     fn port_reserved(&self, port: u16) -> bool;
     /// Notes that a masquerade port was taken for a flow.
@@ -336,6 +359,9 @@ pub trait Tables<A: Addr>: Kernel + Flows<A> {
     /// Whether a TCP socket in that network namespace (its id as the node has it) has a connection with this tuple, as
     /// its peer sends.
     fn connected(&self, key: &FlowKey<A>, netns: u32) -> bool;
+    /// The device by which the kernel sends the present packet on, if it goes between those addresses, fits through and the
+    /// next hop's address is known; zero otherwise. That address is kept for [`Verdict::Route`].
+    fn route(&self, src: A, dst: A) -> u32;
     /// The range of all ClusterIPs.
     fn cluster_ips(&self) -> Option<&Range<A>>;
     /// Whether a Service port's `loadBalancerSourceRanges` admit a client.
@@ -468,6 +494,24 @@ impl<'a, A: Addr> FlowRef<'a, A> {
     pub fn set_alias(&self, port: NetPort) {
         // SAFETY: see `new`.
         unsafe { (*self.at.as_ptr()).alias_port = port };
+    }
+
+    /// Takes over from `noted` what [`Flow::device`] is made of.
+    #[inline(always)]
+    fn write_device(&self, noted: &Flow<A>) {
+        let flow = self.at.as_ptr();
+        // SAFETY: see `new`. The flag is written last where it makes the rest valid.
+        unsafe {
+            (*flow).masq_port = noted.masq_port;
+            (*flow).masq_device = noted.masq_device;
+            (*flow).flags = noted.flags;
+        }
+    }
+
+    #[inline(always)]
+    fn set_flags(&self, flags: u8) {
+        // SAFETY: see `new`.
+        unsafe { (*self.at.as_ptr()).flags = flags };
     }
 
     /// Notes the outcome of the masquerade decision.

@@ -15,6 +15,7 @@ mod loss;
 mod masqueraded;
 mod paths;
 mod policy;
+mod redirect;
 mod refuse;
 mod send;
 mod transit;

@@ -7,5 +7,6 @@ pub(crate) mod driver;
 pub(crate) mod frame;
 pub(crate) mod hostile;
 pub(crate) mod paths;
+pub(crate) mod redirect;
 pub(crate) mod world;
 pub(crate) mod xdp_node;

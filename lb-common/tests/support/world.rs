@@ -33,6 +33,10 @@ pub(crate) enum Action {
     Drop,
     /// `TC_ACT_REDIRECT`, back to where it came from.
     Reply,
+    /// `TC_ACT_REDIRECT`, to the peer of that device.
+    Redirect(u32),
+    /// `TC_ACT_REDIRECT`, out by that device.
+    Route(u32),
 }
 
 /// What generic tests have to know of a family.
@@ -97,6 +101,10 @@ pub(crate) struct World {
     pub(crate) reserved: HashSet<u16>,
     pub(crate) ports: (u16, u16),
     pub(crate) seed: u32,
+    /// Whether packets may be redirected.
+    pub(crate) redirects: bool,
+    /// Which device the kernel routes to an address by.
+    pub(crate) routes: HashMap<IpAddr, u32>,
     pub(crate) now: Cell<u32>,
     pub(crate) stance: Cell<u32>,
     /// Packets that were left to whoever comes next.
@@ -130,6 +138,8 @@ impl World {
             reserved: HashSet::new(),
             ports: (10_000, 29_999),
             seed: 0x5eed,
+            redirects: false,
+            routes: HashMap::new(),
             now: Cell::new(100),
             stance: Cell::new(stance::SERVE),
             left: Cell::new(0),
@@ -233,6 +243,13 @@ impl World {
                     .map_or(Action::Pass, |behind| behind.run(self.ifindex.get(), hook, frame))
             }
             Verdict::Bridge => Action::Bridge,
+            Verdict::Redirect(device) if datapath::admitted(self, device) => Action::Redirect(device),
+            Verdict::Redirect(_) => Action::Pass,
+            Verdict::Route => match datapath::route::<A, _, _>(frame, self) {
+                Ok(0) => Action::Pass,
+                Ok(device) => Action::Route(device),
+                Err(_) => Action::Drop,
+            },
             Verdict::Drop(reason) => {
                 self.count(reason);
                 Action::Drop
@@ -288,6 +305,14 @@ impl Kernel for World {
 
     fn device_index(&self) -> u32 {
         self.known_as.unwrap_or(self.ifindex.get())
+    }
+
+    fn device_at(&self, index: u32) -> Option<&Device> {
+        self.devices.get(&index)
+    }
+
+    fn redirects(&self) -> bool {
+        self.redirects
     }
 
     fn port_reserved(&self, port: u16) -> bool {
@@ -397,6 +422,10 @@ impl<A: Fam> Tables<A> for World {
 
     fn connected(&self, key: &FlowKey<A>, netns: u32) -> bool {
         A::of(self).connections.contains(&(netns, *key))
+    }
+
+    fn route(&self, _: A, dst: A) -> u32 {
+        self.routes.get(&dst.into()).copied().unwrap_or(0)
     }
 
     fn cluster_ips(&self) -> Option<&Range<A>> {

@@ -227,7 +227,7 @@ pub(crate) fn destination(bytes: &[u8]) -> Option<IpAddr> {
 }
 
 /// As ip_decrease_ttl() and ip6_forward() do. `None` where it would not be sent on.
-fn one_hop_less(bytes: &mut [u8]) -> Option<()> {
+pub(crate) fn one_hop_less(bytes: &mut [u8]) -> Option<()> {
     let at = if bytes[12] == 8 { 22 } else { 21 };
     if *bytes.get(at)? < 2 {
         return None;

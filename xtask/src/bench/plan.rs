@@ -243,7 +243,7 @@ fn starting(mode: Mode, services: usize) -> f64 {
         Mode::Iptables => 0.4 * n.powf(1.2),
         // Measured in pieces: 2 s for 3,000, 24 s for 10,000, 154 s for 30,000.
         Mode::Nftables => 0.3 * n.powf(1.85),
-        Mode::Ours | Mode::OursSockets | Mode::OursXdp => 1.5 + 0.3 * n,
+        Mode::Ours | Mode::OursSockets | Mode::OursRedirect | Mode::OursXdp => 1.5 + 0.3 * n,
     }
 }
 

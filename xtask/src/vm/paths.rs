@@ -62,6 +62,8 @@ pub(super) fn try_all(report: &mut Report) -> Result<()> {
         let result = take_over(&lab, &mut agents, manifests);
         report.check("another version takes over by clsact, and this one again", result);
     }
+    let result = redirected(&lab, &mut agents, manifests);
+    report.check("packets are redirected to pods", result);
     drop(agents);
     match super::plugin::add_pod(&lab).context("lb-cni") {
         Ok(pod) => paths.both(report, "no agent, a pod added by lb-cni → ClusterIP", |v6| {
@@ -101,6 +103,33 @@ fn take_over(lab: &Lab, agents: &mut Vec<Agent>, manifests: &Path) -> Result<()>
         expect(&pod, service, &server, &[at(&pod, false, 0).ip()]).with_context(|| exe.to_owned())?;
         // All that was answered meanwhile, and one more.
         while next()? < interval / 2 {}
+    }
+    Ok(())
+}
+
+/// With `--redirect=pods` a conversation's packets do not leave by the backend's veth, but for the first: the kernel takes
+/// them to the other end at once.
+fn redirected(lab: &Lab, agents: &mut Vec<Agent>, manifests: &Path) -> Result<()> {
+    let (pod, server, node) = (lab.pod(0, 0), lab.pod(0, 1), lab.node(0));
+    agents.remove(0).stop()?;
+    let mut agent = Agent::start(Path::new("/bin/lb-agent"), node, manifests, &["--redirect=pods"])?;
+    let ready = agent.wait_healthy(AGENT_START);
+    agents.insert(0, agent);
+    ready?;
+    let requests = 20;
+    for v6 in [false, true] {
+        for (kind, client) in [(Kind::ClusterIp, &pod), (Kind::NodePort, lab.client())] {
+            let service = SERVICES[0].at(kind, lab, v6);
+            for ask in [Ask::tcp(service), Ask::udp(service)] {
+                let capture = node.capture(&lab.veth_of(&server))?;
+                let answers = client.ask(&ask.clone().keep().count(requests))?;
+                let answered = answers.iter().filter(|answer| answer.name() == Some(server.name())).count();
+                ensure!(answered == requests, "{kind:?} {ask:?}: {answers:?}");
+                // A neighbour may be asked for its address, too.
+                let left = capture.packets()?.iter().filter(|packet| packet.out).count();
+                ensure!(left < requests / 2, "{kind:?} {ask:?}: {left} packets went the long way");
+            }
+        }
     }
     Ok(())
 }

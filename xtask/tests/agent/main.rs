@@ -22,6 +22,7 @@ mod monitoring;
 mod neighbours;
 mod node_ports;
 mod paths;
+mod redirect;
 mod refusals;
 mod reordered;
 mod restart;

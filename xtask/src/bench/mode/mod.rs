@@ -27,14 +27,23 @@ pub(super) enum Mode {
     Ours,
     /// Our socket hooks in pods, too.
     OursSockets,
+    /// Our programs, established flows redirected to pods and overlays.
+    OursRedirect,
     /// Our programs, with XDP on the uplink.
     OursXdp,
 }
 
 impl Mode {
     /// All of them, in the order in which they are shown.
-    pub(super) const ALL: [Self; 6] =
-        [Self::Direct, Self::Iptables, Self::Nftables, Self::Ours, Self::OursSockets, Self::OursXdp];
+    pub(super) const ALL: [Self; 7] = [
+        Self::Direct,
+        Self::Iptables,
+        Self::Nftables,
+        Self::Ours,
+        Self::OursSockets,
+        Self::OursRedirect,
+        Self::OursXdp,
+    ];
 
     /// In a table.
     pub(super) fn name(self) -> &'static str {
@@ -44,6 +53,7 @@ impl Mode {
             Self::Nftables => "nftables",
             Self::Ours => "ours",
             Self::OursSockets => "ours, sockets",
+            Self::OursRedirect => "ours, redirect",
             Self::OursXdp => "ours, XDP",
         }
     }
@@ -56,29 +66,32 @@ impl Mode {
             Self::Nftables => "nftables",
             Self::Ours => "ours",
             Self::OursSockets => "sockets",
+            Self::OursRedirect => "redirect",
             Self::OursXdp => "xdp",
         }
     }
 
     /// Whether it is one of ours.
     pub(super) fn is_ours(self) -> bool {
-        matches!(self, Self::Ours | Self::OursSockets | Self::OursXdp)
+        matches!(self, Self::Ours | Self::OursSockets | Self::OursRedirect | Self::OursXdp)
     }
 
     /// Flags that the agent is given besides the usual ones.
     pub(super) fn agent_flags(self) -> &'static [&'static str] {
         match self {
             Self::OursSockets => &["--socket-lb=all"],
+            Self::OursRedirect => &["--redirect=all"],
             Self::OursXdp => &["--xdp=native"],
             _ => &[],
         }
     }
 
     /// Whether it does anything on a way that the mode it derives from does not: sockets are for pods that ask Services,
-    /// XDP is for what comes by the uplink.
+    /// redirecting is for pods at either end, XDP for what comes by the uplink.
     pub(super) fn is_for(self, path: Path) -> bool {
         match self {
             Self::OursSockets => matches!(path, Path::SameNode | Path::OtherNode),
+            Self::OursRedirect => !matches!(path, Path::NodePortThere | Path::Outside),
             Self::OursXdp => path.is_from_outside(),
             _ => true,
         }

@@ -34,7 +34,8 @@ pub(super) struct KubeProxy {
 #[derive(Clone, Debug)]
 pub(in crate::bench) struct Tools {
     pub(super) agent: PathBuf,
-    agent_has_xdp: bool,
+    /// What it says of itself.
+    agent_help: String,
     kube_proxy: Option<KubeProxy>,
     iptables: String,
     nft: String,
@@ -47,7 +48,7 @@ impl Tools {
         let help = output(Command::new(agent).args(["run", "--help"]))?;
         Ok(Self {
             agent: agent.to_owned(),
-            agent_has_xdp: help.contains("--xdp"),
+            agent_help: help,
             kube_proxy: found.as_deref().map(KubeProxy::at).transpose()?,
             iptables: iptables::prepare()?,
             nft: nftables::prepare()?,
@@ -76,9 +77,13 @@ impl Tools {
         let flags = mode.agent_flags().join(" ");
         match mode {
             Mode::Direct => Ok("the endpoints' own addresses, routed and bridged: the limit".into()),
-            Mode::OursXdp if !self.agent_has_xdp => Err("this lb-agent has no --xdp".into()),
             Mode::Ours => Ok("lb-agent".into()),
-            Mode::OursSockets | Mode::OursXdp => Ok(format!("lb-agent {flags}")),
+            Mode::OursSockets | Mode::OursRedirect | Mode::OursXdp => match flags.split_once('=') {
+                Some((flag, _)) if !self.agent_help.contains(flag) => {
+                    Err(format!("this lb-agent has no {flag}"))
+                }
+                _ => Ok(format!("lb-agent {flags}")),
+            },
             Mode::Iptables | Mode::Nftables => Ok(match (self.kube_proxy(mode), mode) {
                 (Some(real), Mode::Iptables) => format!("{}, {}", real.name, self.iptables),
                 (Some(real), _) => format!("{}, {}", real.name, self.nft),
@@ -114,7 +119,7 @@ mod tests {
         let real = |version| KubeProxy { path: PathBuf::new(), version, name: "kube-proxy v1".into() };
         Tools {
             agent: PathBuf::new(),
-            agent_has_xdp: false,
+            agent_help: String::new(),
             kube_proxy: kube_proxy.map(real),
             iptables: "iptables v1".into(),
             nft: "nftables v1".into(),
@@ -126,7 +131,7 @@ mod tests {
         let available = tools(None).available();
         assert_eq!(available.len(), Mode::ALL.len());
         let missing: Vec<_> = available.iter().filter(|a| a.by.is_err()).map(|a| a.mode).collect();
-        assert_eq!(missing, [Mode::OursXdp]);
+        assert_eq!(missing, [Mode::OursSockets, Mode::OursRedirect, Mode::OursXdp]);
     }
 
     #[test]

@@ -81,7 +81,7 @@ fn connections(results: &Results, targets: &mut Vec<Target>) {
         let rows = results.rows.iter().filter(of_pods);
         rows.filter(move |row| row.mode == mode && row.of.load == Load::Connections)
     };
-    for (mode, bar) in [(Mode::Ours, 1.05), (Mode::OursSockets, 1.01)] {
+    for (mode, bar) in [(Mode::Ours, 1.05), (Mode::OursRedirect, 1.05), (Mode::OursSockets, 1.01)] {
         let what = format!("new connections, pod → ClusterIP: p50 over direct, {}", mode.name());
         targets.push(Target::of(
             &what,
@@ -90,7 +90,7 @@ fn connections(results: &Results, targets: &mut Vec<Target>) {
             rows(mode).map(|row| (row.to_direct.median, place(&row.of))),
         ));
     }
-    for mode in [Mode::Ours, Mode::OursSockets] {
+    for mode in [Mode::Ours, Mode::OursRedirect, Mode::OursSockets] {
         // Over direct both times: so it is not the machine's mood between the two.
         let grown = rows(mode).filter_map(|row| {
             let first = rows(mode).filter(|r| (r.of.path, r.of.family) == (row.of.path, row.of.family));
@@ -103,7 +103,7 @@ fn connections(results: &Results, targets: &mut Vec<Target>) {
 }
 
 fn established(results: &Results, targets: &mut Vec<Target>) {
-    for mode in [Mode::Ours, Mode::OursSockets] {
+    for mode in [Mode::Ours, Mode::OursRedirect, Mode::OursSockets] {
         let rows = results.rows.iter().filter(|row| row.mode == mode);
         let speeds = rows.filter_map(|row| match row.of.load {
             Load::TcpTrips | Load::UdpTrips => Some((1.0 / row.to_direct.median, place(&row.of))),
@@ -122,7 +122,7 @@ fn peers(results: &Results, targets: &mut Vec<Target>) {
         rows.map(|c| (1.0 / c.ratio.median, format!("{}, against {}", place(&c.of), c.against.name())))
     };
     let to_services = |of: &Of| of.load == Load::Connections && of.path != Path::Outside;
-    for mode in [Mode::Ours, Mode::OursSockets] {
+    for mode in [Mode::Ours, Mode::OursRedirect, Mode::OursSockets] {
         let what = format!("new connections to Services: speed over kube-proxy's, {}", mode.name());
         targets.push(Target::of(what, 1.0, true, compared(mode, to_services)));
     }

@@ -43,6 +43,7 @@ pub(super) fn color(mode: Mode) -> RGBColor {
         Mode::Nftables => RGBColor(230, 159, 0),
         Mode::Ours => RGBColor(0, 114, 178),
         Mode::OursSockets => RGBColor(0, 158, 115),
+        Mode::OursRedirect => RGBColor(86, 180, 233),
         Mode::OursXdp => RGBColor(204, 121, 167),
     }
 }
