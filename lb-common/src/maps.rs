@@ -310,10 +310,16 @@ impl<A: Addr> Flow<A> {
         u32::from(self.masq_port.wire()) << 16 | u32::from(self.masq_device) & 0xffff
     }
 
+    /// What stands for the upper half of an index.
+    #[inline(always)]
+    pub fn device_port(device: u32) -> NetPort {
+        NetPort::from_wire((device >> 16) as u16)
+    }
+
     /// The same entry with [`Flow::DEVICE`].
     #[inline(always)]
     pub fn with_device(self, device: u32) -> Self {
-        let masq_port = NetPort::from_wire((device >> 16) as u16);
+        let masq_port = Self::device_port(device);
         Self {
             masq_port,
             masq_device: DeviceIndex::from(device as u16),
@@ -801,8 +807,6 @@ pub mod flags {
     pub const CSUM_IPV6: u32 = 16;
     /// Another version's programs are behind: tell them what has been seen to.
     pub const FRONT: u32 = 32;
-    /// Redirect the packets of established flows to devices that [`super::Device::REDIRECT`] admits.
-    pub const REDIRECT: u32 = 64;
 }
 
 /// Key of the socket tables: a socket and one peer of it. IPv4 is mapped.

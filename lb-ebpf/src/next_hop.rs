@@ -4,7 +4,7 @@ use crate::tables::{LB_SCRATCH, Maps};
 use crate::tc::{Around, Skb};
 use aya_ebpf::bindings::{__sk_buff, TC_ACT_SHOT, TC_ACT_UNSPEC, bpf_fib_lookup};
 use aya_ebpf::helpers::generated as helpers;
-use lb_common::datapath::{Packet as _, Wire, admitted, route};
+use lb_common::datapath::{Packet as _, ROUTED, Wire, admitted, route};
 use lb_common::maps::Addr;
 
 const AF_INET: u8 = 2;
@@ -19,13 +19,23 @@ type Mac = [u8; 6];
 /// `PACKET_HOST`
 const TO_US: u32 = 0;
 
+/// To where the datapath said ([`lb_common::datapath::Kernel::redirect`]), if it said so and that is admitted; otherwise
+/// `TC_ACT_UNSPEC`.
+#[inline(never)]
+pub(crate) fn send_on<A: Wire + Maps>(packet: *mut __sk_buff) -> i32 {
+    let around = Around::<true>(packet);
+    match around.goes_to() {
+        0 => TC_ACT_UNSPEC,
+        ROUTED => out::<A>(packet, &around),
+        device if admitted(&around, device) => redirect(packet, device),
+        _ => TC_ACT_UNSPEC,
+    }
+}
+
 /// Into the network namespace of the pod behind that device, as if it had come out of the pod's end of the veth. There, a packet
 /// is looked at only if its Ethernet address was the receiver's: here it may have been the bridge's.
-#[inline(never)]
-pub(crate) fn redirect(packet: *mut __sk_buff, device: u32) -> i32 {
-    if !admitted(&Around(packet), device) {
-        return TC_ACT_UNSPEC;
-    }
+#[inline(always)]
+fn redirect(packet: *mut __sk_buff, device: u32) -> i32 {
     // SAFETY: no pointers but the context. (A type that it has already changes nothing.)
     unsafe {
         helpers::bpf_skb_change_type(packet, TO_US);
@@ -34,9 +44,9 @@ pub(crate) fn redirect(packet: *mut __sk_buff, device: u32) -> i32 {
 }
 
 /// Out by the device that the kernel would send the packet by, if that is admitted.
-#[inline(never)]
-pub(crate) fn send_on<A: Wire + Maps>(packet: *mut __sk_buff) -> i32 {
-    let device = match route::<A, _, _>(&mut Skb(packet), &Around(packet)) {
+#[inline(always)]
+fn out<A: Wire + Maps>(packet: *mut __sk_buff, around: &Around<true>) -> i32 {
+    let device = match route::<A, _, _>(&mut Skb(packet), around) {
         Ok(0) => return TC_ACT_UNSPEC,
         Ok(device) => device,
         Err(_) => return TC_ACT_SHOT,

@@ -30,13 +30,25 @@ use lb_common::maps::{
 /// Destinations.
 #[classifier]
 pub(crate) fn ingress(ctx: TcContext) -> i32 {
-    run(&ctx, Hook::Ingress)
+    run::<false>(&ctx, Hook::Ingress)
 }
 
 /// Sources.
 #[classifier]
 pub(crate) fn egress(ctx: TcContext) -> i32 {
-    run(&ctx, Hook::Egress)
+    run::<false>(&ctx, Hook::Egress)
+}
+
+/// The same where packets may be redirected. Programs of their own: they need more stack than older kernels have.
+#[classifier]
+pub(crate) fn ingress_redirect(ctx: TcContext) -> i32 {
+    run::<true>(&ctx, Hook::Ingress)
+}
+
+/// Its other half.
+#[classifier]
+pub(crate) fn egress_redirect(ctx: TcContext) -> i32 {
+    run::<true>(&ctx, Hook::Egress)
 }
 
 #[derive(Clone, Copy, PartialEq, Eq)]
@@ -56,7 +68,7 @@ impl Hook {
 }
 
 #[inline(always)]
-fn run(ctx: &TcContext, hook: Hook) -> i32 {
+fn run<const REDIRECTS: bool>(ctx: &TcContext, hook: Hook) -> i32 {
     let skb = Skb(ctx.skb.skb);
     if skb.has_been_seen_to(hook) {
         return TC_ACT_UNSPEC;
@@ -64,17 +76,20 @@ fn run(ctx: &TcContext, hook: Hook) -> i32 {
     // SAFETY: the context is valid for the life of the program.
     let protocol = unsafe { (*skb.0).protocol } as u16;
     if protocol == Ip4::ETHERTYPE {
-        family::<Ip4>(skb, hook)
+        family::<Ip4, REDIRECTS>(skb, hook)
     } else if protocol == Ip6::ETHERTYPE {
-        family::<Ip6>(skb, hook)
+        family::<Ip6, REDIRECTS>(skb, hook)
     } else {
         TC_ACT_UNSPEC
     }
 }
 
 #[inline(always)]
-fn family<A: Wire + Maps>(mut skb: Skb, hook: Hook) -> i32 {
-    let around = Around(skb.0);
+fn family<A: Wire + Maps, const REDIRECTS: bool>(mut skb: Skb, hook: Hook) -> i32 {
+    let around = Around::<REDIRECTS>(skb.0);
+    if hook == Hook::Ingress && around.redirects() {
+        around.redirect(0);
+    }
     let verdict = match hook {
         Hook::Ingress => datapath::ingress::<A, _, _>(&mut skb, &around),
         Hook::Egress => datapath::egress::<A, _, _>(&mut skb, &around),
@@ -82,6 +97,12 @@ fn family<A: Wire + Maps>(mut skb: Skb, hook: Hook) -> i32 {
     match verdict {
         // "Next": other programs on the device have their say.
         Verdict::Pass | Verdict::Bridge => {
+            if hook == Hook::Ingress && around.redirects() {
+                let done = next_hop::send_on::<A>(skb.0);
+                if done != TC_ACT_UNSPEC {
+                    return done;
+                }
+            }
             if verdict == Verdict::Bridge {
                 next_hop::bridge::<A>(&skb);
             }
@@ -91,8 +112,6 @@ fn family<A: Wire + Maps>(mut skb: Skb, hook: Hook) -> i32 {
             TC_ACT_UNSPEC
         }
         Verdict::Leave => TC_ACT_UNSPEC,
-        Verdict::Redirect(device) => next_hop::redirect(skb.0, device),
-        Verdict::Route => next_hop::send_on::<A>(skb.0),
         Verdict::Drop(reason) => {
             around.count(reason);
             log(&skb, reason);
@@ -101,7 +120,7 @@ fn family<A: Wire + Maps>(mut skb: Skb, hook: Hook) -> i32 {
         Verdict::Reject(reason) => {
             around.count(reason);
             log(&skb, reason);
-            reject::<A>(&mut skb, &around)
+            reject::<A>(&mut skb)
         }
     }
 }
@@ -124,12 +143,12 @@ fn write_log(skb: *mut __sk_buff, reason: u32) {
 }
 
 #[inline(never)]
-fn reject<A: Wire>(skb: &mut Skb, around: &Around) -> i32 {
+fn reject<A: Wire>(skb: &mut Skb) -> i32 {
     match datapath::reject::<A, _>(skb) {
         // SAFETY: the context is valid for the life of the program.
         Ok(()) => unsafe { helpers::bpf_redirect((*skb.0).ifindex, 0) as i32 },
         Err(reason) => {
-            around.count(reason);
+            tables::count(reason);
             TC_ACT_SHOT
         }
     }
@@ -272,9 +291,9 @@ fn check(result: i64) -> Result<(), Reason> {
 
 /// What surrounds a packet: maps and helpers.
 #[derive(Clone, Copy)]
-pub(crate) struct Around(pub(crate) *mut __sk_buff);
+pub(crate) struct Around<const REDIRECTS: bool>(pub(crate) *mut __sk_buff);
 
-impl Context for Around {
+impl<const REDIRECTS: bool> Context for Around<REDIRECTS> {
     #[inline(always)]
     fn now(&self) -> u32 {
         tables::now()
@@ -291,7 +310,7 @@ impl Context for Around {
     }
 }
 
-impl<A: Maps> Flows<A> for Around {
+impl<A: Maps, const REDIRECTS: bool> Flows<A> for Around<REDIRECTS> {
     #[inline(always)]
     fn flow(&self, key: &FlowKey<A>) -> Option<FlowRef<'_, A>> {
         tables::flow(key)
@@ -303,7 +322,7 @@ impl<A: Maps> Flows<A> for Around {
     }
 }
 
-impl Kernel for Around {
+impl<const REDIRECTS: bool> Kernel for Around<REDIRECTS> {
     #[inline(always)]
     fn stance(&self) -> u32 {
         LB_STANCE.get(0).copied().unwrap_or(stance::SERVE)
@@ -339,7 +358,13 @@ impl Kernel for Around {
 
     #[inline(always)]
     fn redirects(&self) -> bool {
-        FLAGS.load() & flags::REDIRECT != 0
+        REDIRECTS
+    }
+
+    #[inline(always)]
+    fn redirect(&self, to: u32) {
+        // SAFETY: the context is valid.
+        unsafe { (*self.0).cb[1] = to };
     }
 
     #[inline(always)]
@@ -393,7 +418,7 @@ impl Kernel for Around {
     }
 }
 
-impl<A: Maps> Tables<A> for Around {
+impl<A: Maps, const REDIRECTS: bool> Tables<A> for Around<REDIRECTS> {
     #[inline(always)]
     fn draft(&self) -> Option<FlowRef<'_, A>> {
         // SAFETY: this CPU's own, and no program of ours interrupts another.
@@ -508,7 +533,14 @@ const TCP_TIME_WAIT: u32 = 6;
 const TCP_CLOSE: u32 = 7;
 const TCP_LISTEN: u32 = 10;
 
-impl Around {
+impl<const REDIRECTS: bool> Around<REDIRECTS> {
+    /// What [`Kernel::redirect`] was told last.
+    #[inline(always)]
+    pub(crate) fn goes_to(&self) -> u32 {
+        // SAFETY: the context is valid.
+        unsafe { (*self.0).cb[1] }
+    }
+
     /// To be released, if there is one.
     #[inline(always)]
     fn tcp_socket<A: Maps>(&self, key: &FlowKey<A>, netns: u64) -> *mut core::ffi::c_void {

@@ -123,9 +123,6 @@ pub fn load(pins: &Pins, args: &RunArgs, features: Features, place: Place) -> Re
     if args.log_packets {
         bits |= flags::LOG;
     }
-    if args.redirect != Redirect::Off {
-        bits |= flags::REDIRECT;
-    }
     if place == Place::Front {
         bits |= flags::FRONT;
     }
@@ -152,8 +149,31 @@ pub fn load(pins: &Pins, args: &RunArgs, features: Features, place: Place) -> Re
     if let Some(warning) = kept_size(pins, args.flow_table_max)? {
         warn!("{warning}");
     }
-    load_tc(&mut ebpf)?;
+    if args.redirect != Redirect::Off {
+        match load_tc(&mut ebpf, REDIRECTING) {
+            Ok(()) => return Ok(ebpf),
+            Err(error) => {
+                // The verifier's log has thousands of lines.
+                let error = format!("{error:#}");
+                let error = error.lines().next().unwrap_or_default();
+                warn!("--redirect: going on without, this kernel does not take the programs: {error}");
+            }
+        }
+    }
+    load_tc(&mut ebpf, Hook::BOTH.map(Hook::program))?;
     Ok(ebpf)
+}
+
+/// The programs that redirect, in place of those that are named as their hooks are.
+const REDIRECTING: [&str; 2] = ["ingress_redirect", "egress_redirect"];
+
+/// The programs that were loaded.
+fn tc_programs(ebpf: &Ebpf) -> [&'static str; 2] {
+    let is_loaded = |name: &&str| {
+        let program = ebpf.program(name).and_then(|program| <&SchedClassifier>::try_from(program).ok());
+        program.is_some_and(|program| program.fd().is_ok())
+    };
+    if REDIRECTING.iter().all(is_loaded) { REDIRECTING } else { Hook::BOTH.map(Hook::program) }
 }
 
 /// A version that counts more, or less, begins counting again: nothing else goes by the counters.
@@ -169,8 +189,7 @@ fn renew_counters(pins: &Pins) -> Result<()> {
 
 /// Loads the tc programs side by side: to verify them is nearly all that the agent does until it is ready, and the kernel
 /// can do that on as many processors as there are programs.
-fn load_tc(ebpf: &mut Ebpf) -> Result<()> {
-    let names = Hook::BOTH.map(Hook::program);
+fn load_tc(ebpf: &mut Ebpf, names: [&str; 2]) -> Result<()> {
     thread::scope(|scope| {
         let programs = ebpf.programs_mut().filter(|(name, _)| names.contains(name));
         let loads: Vec<_> = programs
@@ -224,8 +243,8 @@ fn open_xdp(ebpf: &mut Ebpf, pins: &Pins, args: &RunArgs) -> Result<xdp::Xdp> {
 /// If the kernel refuses.
 pub fn pin(ebpf: &mut Ebpf, pins: &Pins, features: Features, place: Place) -> Result<Attacher> {
     let turn = pins.lock()?;
-    for hook in Hook::BOTH {
-        attach::pin_program(&turn, pins, place, hook.program(), program(ebpf, hook.program())?)?;
+    for (hook, name) in Hook::BOTH.into_iter().zip(tc_programs(ebpf)) {
+        attach::pin_program(&turn, pins, place, hook.program(), program(ebpf, name)?)?;
     }
     Attacher::open(&turn, pins, features.tcx)?.context("the programs that were just pinned are gone")
 }

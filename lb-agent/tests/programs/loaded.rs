@@ -23,6 +23,8 @@ pub(crate) const LOOPBACK: u32 = 1;
 
 pub(crate) struct Loaded {
     ebpf: Ebpf,
+    /// What runs at ingress and egress.
+    programs: [&'static str; 2],
     devices: StdMap<u32, Device>,
     device: HashMap<MapData, u32, Device>,
     epochs: Array<MapData, u32>,
@@ -41,12 +43,8 @@ impl Loaded {
         unshare(CloneFlags::CLONE_NEWNET)
             .expect("the program tests make network namespaces: run them as root");
         let features = Features::probe().expect("the program tests load BPF programs: run them as root");
-        let redirect = if world.redirects { flags::REDIRECT } else { 0 };
-        let (bits, first, last) = (
-            features.flags & flags::COARSE_CLOCK | redirect,
-            u32::from(world.ports.0),
-            u32::from(world.ports.1),
-        );
+        let (bits, first, last) =
+            (features.flags & flags::COARSE_CLOCK, u32::from(world.ports.0), u32::from(world.ports.1));
         let mut loader = EbpfLoader::new();
         loader
             .override_global("FLAGS", &bits, true)
@@ -58,7 +56,9 @@ impl Loaded {
         }
         loader.map_max_entries("LB_HELD", held_places().expect("count the processors"));
         let mut ebpf = loader.load(OBJECT).expect("load the maps");
-        for name in ["ingress", "egress"] {
+        let programs =
+            if world.redirects { ["ingress_redirect", "egress_redirect"] } else { ["ingress", "egress"] };
+        for name in programs {
             program(&mut ebpf, name).load().unwrap_or_else(|e| panic!("load {name}: {e:#?}"));
         }
         fill::<Ip4>(&mut ebpf, world, '4');
@@ -71,6 +71,7 @@ impl Loaded {
         }
         let mut loaded = Self {
             devices: world.devices.clone(),
+            programs,
             device: typed(take(&mut ebpf, "LB_DEVICE")),
             epochs: typed(take(&mut ebpf, "LB_EPOCH")),
             counters: typed(take(&mut ebpf, "LB_COUNT")),
@@ -129,7 +130,7 @@ impl Loaded {
                 let _ = self.device.remove(&LOOPBACK);
             }
         }
-        let name = if hook == Hook::Ingress { "ingress" } else { "egress" };
+        let name = if hook == Hook::Ingress { self.programs[0] } else { self.programs[1] };
         let mut out = vec![0; frame.bytes.len() + 256];
         let options = TestRunOptions {
             data_in: Some(&frame.bytes),

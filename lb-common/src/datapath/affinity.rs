@@ -4,27 +4,43 @@ use super::Tables;
 use crate::affinity::{find, remember, scale};
 use crate::maps::{Addr, AffinityKey, FlowKey, Frontend, Set, Slot, SlotKey};
 
-/// The slot for a new flow, remembered for the client's next one.
+/// What [`place`] says if there is no room to remember a choice.
+pub(super) const NO_ROOM: u32 = u32::MAX;
+
+/// The place in the set for a new flow, remembered for the client's next one.
 #[inline(never)]
-pub(super) fn slot<'k, A: Addr, K: Tables<A>>(
+pub(super) fn place<A: Addr, K: Tables<A>>(
+    kernel: &K,
+    flow: &FlowKey<A>,
+    frontend: &Frontend,
+    inside: bool,
+) -> u32 {
+    let set = frontend.set(inside);
+    let key = AffinityKey { client: flow.src.mapped(), service: frontend.service, pad: 0 };
+    let index = match remembered(kernel, &key, frontend, set) {
+        Some(index) => index,
+        None => scale(flow.hash(kernel.hash_seed()), set.count),
+    };
+    match kernel.slot(&SlotKey { set: set.id, index }) {
+        Some(slot) if !kernel.put_affinity(&key, &remember(slot, index, kernel.now(), frontend.affinity)) => {
+            NO_ROOM
+        }
+        _ => index,
+    }
+}
+
+/// The slot for a client that cannot be remembered: as long as the endpoints stay the same, so does a choice by the address
+/// alone.
+#[inline(never)]
+pub(super) fn by_address<'k, A: Addr, K: Tables<A>>(
     kernel: &'k K,
     flow: &FlowKey<A>,
     frontend: &Frontend,
     inside: bool,
 ) -> Option<&'k Slot<A>> {
     let set = frontend.set(inside);
-    let key = AffinityKey { client: flow.src.mapped(), service: frontend.service, pad: 0 };
-    let mut index = match remembered(kernel, &key, frontend, set) {
-        Some(index) => index,
-        None => scale(flow.hash(kernel.hash_seed()), set.count),
-    };
-    let slot = kernel.slot(&SlotKey { set: set.id, index })?;
-    if kernel.put_affinity(&key, &remember(slot, index, kernel.now(), frontend.affinity)) {
-        return Some(slot);
-    }
-    // No room to remember it: as long as the endpoints stay the same, so does a choice by the address alone.
     let client = FlowKey { src: flow.src, ..FlowKey::default() };
-    index = scale(client.hash(kernel.hash_seed()), set.count);
+    let index = scale(client.hash(kernel.hash_seed()), set.count);
     kernel.slot(&SlotKey { set: set.id, index })
 }
 

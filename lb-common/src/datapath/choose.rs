@@ -89,11 +89,18 @@ fn pick<'k, A: Addr, K: Tables<A>>(
     frontend: &Frontend,
     inside: bool,
 ) -> Option<&'k Slot<A>> {
-    let set = frontend.set(inside);
-    if frontend.affinity != 0 {
-        return affinity::slot(kernel, key, frontend, inside);
+    if frontend.affinity == 0 {
+        return by_hash(kernel, key, frontend.set(inside));
     }
-    by_hash(kernel, key, set)
+    match affinity::place(kernel, key, frontend, inside) {
+        affinity::NO_ROOM => affinity::by_address(kernel, key, frontend, inside),
+        index => slot(kernel, frontend.set(inside), index),
+    }
+}
+
+#[inline(never)]
+pub(super) fn slot<A: Addr, K: Tables<A>>(kernel: &K, set: Set, index: u32) -> Option<&Slot<A>> {
+    kernel.slot(&SlotKey { set: set.id, index })
 }
 
 #[inline(always)]

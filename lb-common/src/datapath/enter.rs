@@ -8,7 +8,7 @@
 use super::ingress::{begins_here, onward};
 use super::parse::{Headers, Kind, Wire};
 use super::ports::Ports;
-use super::redirect::client_device;
+use super::redirect::{forget_client, note_client};
 use super::{FlowRef, Flows, Outcome, Packet, Put, PutError, Reason, Tables, Verdict};
 use crate::addr::NetPort;
 use crate::maps::{Addr, Flow, FlowKey, FrontendKey, Side, Slot};
@@ -58,12 +58,11 @@ const TAKEN: u32 = 2;
 #[inline(always)]
 fn put_all<A: Addr, K: Tables<A>>(kernel: &K, draft: &FlowRef<'_, A>) -> u32 {
     if kernel.redirects() {
-        draft.set_device(client_device(kernel));
+        note_client(kernel, draft);
     }
     let result = put(kernel, draft, Side::Reply);
     if kernel.redirects() {
-        // The others are not for the client.
-        draft.set_device(0);
+        forget_client(draft);
     }
     if result != ENTERED {
         return result;
@@ -134,15 +133,29 @@ pub(super) fn forward<'k, A: Addr, K: Tables<A>>(
 
 /// What [`straight`] says of a packet that may be for a frontend after all.
 pub(super) const LOOK_ON: Outcome = 0x400;
+/// What [`known_straight`] says of a packet that begins a flow.
+const BEGINS: Outcome = 0x402;
 
 /// A packet to a backend's own address, with the tuple of a flow that comes by way of a Service (`twin`, that flow's
-/// forward entry): it is a flow of its own.
-#[inline(never)]
+/// forward entry): it is a flow of its own. (One function after the other, not one in the other: the stack is short.)
+#[inline(always)]
 pub(super) fn straight<A: Wire, P: Packet, K: Tables<A>>(
     packet: &mut P,
     kernel: &K,
     headers: &Headers<A>,
     twin: &Flow<A>,
+) -> Outcome {
+    match known_straight(packet, kernel, headers) {
+        BEGINS => new_straight(packet, kernel, headers, twin),
+        outcome => outcome,
+    }
+}
+
+#[inline(never)]
+fn known_straight<A: Wire, P: Packet, K: Tables<A>>(
+    packet: &mut P,
+    kernel: &K,
+    headers: &Headers<A>,
 ) -> Outcome {
     let mut key = headers.key;
     key.variant = 1;
@@ -157,6 +170,16 @@ pub(super) fn straight<A: Wire, P: Packet, K: Tables<A>>(
     if !headers.starts_flow() || !begins_here(kernel, headers) {
         return Verdict::Leave.raw();
     }
+    BEGINS
+}
+
+#[inline(never)]
+fn new_straight<A: Wire, P: Packet, K: Tables<A>>(
+    packet: &mut P,
+    kernel: &K,
+    headers: &Headers<A>,
+    twin: &Flow<A>,
+) -> Outcome {
     let front = FrontendKey::new(headers.key.dst, headers.key.dport, headers.key.proto);
     if kernel.frontend(&front).is_some() {
         // A Service whose address is its endpoint's.

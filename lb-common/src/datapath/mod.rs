@@ -35,7 +35,7 @@ use core::ptr::NonNull;
 pub use egress::egress;
 pub use ingress::ingress;
 pub use parse::Wire;
-pub use redirect::{admitted, route};
+pub use redirect::{ROUTED, admitted, route};
 pub use reject::{Reshape, reject};
 pub use transit::{Both, Driver, NextHop, Query, RawPacket, Routes, Sent, transit};
 
@@ -48,11 +48,6 @@ pub enum Verdict {
     Leave,
     /// The same, and to a backend that may be behind the bridge that the packet was sent to: if so, the bridge can carry it.
     Bridge,
-    /// Rewritten at both ends, for the pod behind the device of that index: into its own network namespace at once, if it
-    /// is [`admitted`]. If not, on its way.
-    Redirect(u32),
-    /// Rewritten: out at once by the device that [`route`] says. If it says none, on its way.
-    Route,
     /// Gone, and counted under this reason.
     Drop(Reason),
     /// Answered with a TCP reset or an ICMP port unreachable, which replaces it and leaves where it came in.
@@ -73,9 +68,6 @@ impl Verdict {
             Self::Pass => 0,
             Self::Leave => 0x800,
             Self::Bridge => 0x300,
-            Self::Route => 0x700,
-            // An index is a positive `int`.
-            Self::Redirect(device) => 0x8000_0000 | device,
             Self::Drop(reason) => 0x100 | reason as u32,
             Self::Reject(reason) => 0x200 | reason as u32,
         }
@@ -84,15 +76,11 @@ impl Verdict {
     /// From [`Outcome`].
     #[inline(always)]
     pub(crate) fn from_raw(raw: Outcome) -> Self {
-        if raw & 0x8000_0000 != 0 {
-            return Self::Redirect(raw & 0x7fff_ffff);
-        }
         let reason = Reason::from_index(raw & 0xff);
         match raw & 0x300 {
             0x100 => Self::Drop(reason),
             0x200 => Self::Reject(reason),
             _ if raw == Self::Leave.raw() => Self::Leave,
-            _ if raw == Self::Route.raw() => Self::Route,
             0x300 => Self::Bridge,
             _ => Self::Pass,
         }
@@ -308,6 +296,10 @@ pub trait Kernel: Context {
     fn device_at(&self, index: u32) -> Option<&Device>;
     /// Whether packets may be redirected at all.
     fn redirects(&self) -> bool;
+    /// The present packet, if it passes, is rewritten at both ends for the pod behind that device: into its own network
+    /// namespace at once, if it is [`admitted`]. With [`ROUTED`]: out at once by the device that [`route`] says. Otherwise it
+    /// goes on as what passes does.
+    fn redirect(&self, to: u32);
     /// Whether the node reserves that port (host order).
     fn port_reserved(&self, port: u16) -> bool;
     /// Notes that a masquerade port was taken for a flow.
@@ -360,7 +352,7 @@ pub trait Tables<A: Addr>: Kernel + Flows<A> {
     /// its peer sends.
     fn connected(&self, key: &FlowKey<A>, netns: u32) -> bool;
     /// The device by which the kernel sends the present packet on, if it goes between those addresses, fits through and the
-    /// next hop's address is known; zero otherwise. That address is kept for [`Verdict::Route`].
+    /// next hop's address is known; zero otherwise. That address is kept for who sends the packet there.
     fn route(&self, src: A, dst: A) -> u32;
     /// The range of all ClusterIPs.
     fn cluster_ips(&self) -> Option<&Range<A>>;
@@ -496,15 +488,17 @@ impl<'a, A: Addr> FlowRef<'a, A> {
         unsafe { (*self.at.as_ptr()).alias_port = port };
     }
 
-    /// Takes over from `noted` what [`Flow::device`] is made of.
+    /// As [`Flow::with_device`] and, for zero, [`Flow::without_device`], in place.
     #[inline(always)]
-    fn write_device(&self, noted: &Flow<A>) {
+    fn set_device(&self, device: u32) {
         let flow = self.at.as_ptr();
         // SAFETY: see `new`. The flag is written last where it makes the rest valid.
         unsafe {
-            (*flow).masq_port = noted.masq_port;
-            (*flow).masq_device = noted.masq_device;
-            (*flow).flags = noted.flags;
+            let flags = (*flow).flags & !(Flow::<A>::DEVICE | Flow::<A>::REDIRECT);
+            let port = if device == 0 { (*flow).client_port } else { Flow::<A>::device_port(device) };
+            (*flow).masq_port = port;
+            (*flow).masq_device = DeviceIndex::from(device as u16);
+            (*flow).flags = if device == 0 { flags } else { flags | Flow::<A>::DEVICE };
         }
     }
 

@@ -7,17 +7,27 @@
 //! pods at either end.
 
 use super::egress::back;
-use super::ingress::onward;
+use super::ingress::{done, onward};
 use super::parse::{ETH, Headers, Wire};
 use super::{FlowRef, Kernel, Outcome, Packet, Reason, Tables, Verdict};
 use crate::checksum::Sum;
 use crate::maps::{Addr, Device, Flow, Side};
 
-/// The pod device that a new flow's client is behind, if replies may be redirected to it; zero otherwise.
-#[inline(always)]
-pub(super) fn client_device<K: Kernel>(kernel: &K) -> u32 {
+/// Notes in the draft behind which pod's device a new flow's client is, if replies may be redirected to it.
+#[inline(never)]
+pub(super) fn note_client<A: Addr, K: Tables<A>>(kernel: &K, draft: &FlowRef<'_, A>) -> u32 {
     let device = kernel.device();
-    if admits(device) && is_pods(device) { kernel.device_index() } else { 0 }
+    if admits(device) && is_pods(device) {
+        draft.set_device(kernel.device_index());
+    }
+    0
+}
+
+/// Takes the note back: the flow's other entries are not for the client.
+#[inline(never)]
+pub(super) fn forget_client<A: Addr>(draft: &FlowRef<'_, A>) -> u32 {
+    draft.set_device(0);
+    0
 }
 
 #[inline(always)]
@@ -63,8 +73,8 @@ pub(super) fn settle<A: Addr, K: Tables<A>>(kernel: &K, forward: &Flow<A>) {
 }
 
 /// A request of a known flow. What there is to look up comes after the rewrite, in the program's glue ([`admitted`],
-/// [`route`]): the stack of the hook that this is part of is short. If nothing comes of it, the packet is where it would
-/// have been.
+/// [`route`]): the stack of the hook that this is part of is short, so that not even a verdict of its own has room. If
+/// nothing comes of it, the packet is where it would have been.
 ///
 /// One that ends or resets a connection takes the long way: the egress hook's entry has to know, because others ask it
 /// whether the flow is over.
@@ -75,21 +85,20 @@ pub(super) fn request<A: Wire, P: Packet, K: Tables<A>>(
     headers: &Headers<A>,
     front: &Flow<A>,
 ) -> Verdict {
-    let to = if !may_go(kernel, headers, front) || headers.state() != 0 {
-        STAY
-    } else if front.flags & Flow::<A>::DEVICE != 0 {
-        Verdict::Redirect(front.device()).raw()
-    } else {
-        Verdict::Route.raw()
-    };
-    match onward(packet, headers, front) {
-        Verdict::Pass | Verdict::Bridge if to != STAY => Verdict::from_raw(to),
-        verdict => verdict,
+    if may_go(kernel, headers, front) && headers.state() == 0 {
+        mark(kernel, front);
     }
+    onward(packet, headers, front)
 }
 
-/// The long way.
-const STAY: Outcome = Verdict::Pass.raw();
+#[inline(never)]
+fn mark<A: Addr, K: Tables<A>>(kernel: &K, front: &Flow<A>) -> u32 {
+    kernel.redirect(if front.flags & Flow::<A>::DEVICE != 0 { front.device() } else { ROUTED });
+    0
+}
+
+/// In place of a device's index: where the kernel routes the packet.
+pub const ROUTED: u32 = u32::MAX;
 
 /// Whether packets may be redirected to a device. Asked for each packet, because pods come and go, and flows stay.
 #[inline(always)]
@@ -141,14 +150,13 @@ fn to_client<A: Wire, P: Packet, K: Tables<A>>(
 ) -> Outcome {
     let flow = entry.get();
     let device = flow.device();
+    // Before the rewrite: with the Service's address for its source, it would not be let through on the long way.
     if !admits(kernel.device_at(device)) {
-        return STAY;
+        return Verdict::Pass.raw();
     }
     entry.seen(kernel.now(), headers.state() | Flow::<A>::SEEN);
-    match back(packet, headers, flow) {
-        Ok(()) => Verdict::Redirect(device).raw(),
-        Err(reason) => Verdict::Drop(reason).raw(),
-    }
+    kernel.redirect(device);
+    done(back(packet, headers, flow)).raw()
 }
 
 /// Later fragments have to find their first one's notes at both hooks: those and theirs take the long way.
@@ -158,14 +166,6 @@ fn may_go<A: Addr, K: Kernel>(kernel: &K, headers: &Headers<A>, flow: &Flow<A>) 
 }
 
 impl<A: Addr> FlowRef<'_, A> {
-    /// Notes the device at the end of the entry's way, or takes the note back if it is zero.
-    #[inline(always)]
-    pub(super) fn set_device(&self, device: u32) {
-        let flow = self.get();
-        let noted = if device == 0 { flow.without_device() } else { flow.with_device(device) };
-        self.write_device(&noted);
-    }
-
     /// Lets packets be redirected.
     #[inline(always)]
     fn redirect(&self) {

@@ -103,6 +103,8 @@ pub(crate) struct World {
     pub(crate) seed: u32,
     /// Whether packets may be redirected.
     pub(crate) redirects: bool,
+    /// Where the present packet is to go.
+    redirect: Cell<u32>,
     /// Which device the kernel routes to an address by.
     pub(crate) routes: HashMap<IpAddr, u32>,
     pub(crate) now: Cell<u32>,
@@ -139,6 +141,7 @@ impl World {
             ports: (10_000, 29_999),
             seed: 0x5eed,
             redirects: false,
+            redirect: Cell::new(0),
             routes: HashMap::new(),
             now: Cell::new(100),
             stance: Cell::new(stance::SERVE),
@@ -226,15 +229,29 @@ impl World {
         action
     }
 
+    fn redirected<A: Fam>(&self, frame: &mut Frame) -> Action {
+        match self.redirect.get() {
+            datapath::ROUTED => match datapath::route::<A, _, _>(frame, self) {
+                Ok(0) => Action::Pass,
+                Ok(device) => Action::Route(device),
+                Err(_) => Action::Drop,
+            },
+            device if datapath::admitted(self, device) => Action::Redirect(device),
+            _ => Action::Pass,
+        }
+    }
+
     fn family<A: Fam>(&self, hook: Hook, frame: &mut Frame) -> Action
     where
         Self: Tables<A>,
     {
+        self.redirect.set(0);
         let verdict = match hook {
             Hook::Ingress => datapath::ingress::<A, _, _>(frame, self),
             Hook::Egress => datapath::egress::<A, _, _>(frame, self),
         };
         match verdict {
+            Verdict::Pass | Verdict::Bridge if self.redirect.get() != 0 => self.redirected::<A>(frame),
             Verdict::Pass => Action::Pass,
             Verdict::Leave => {
                 self.left.set(self.left.get() + 1);
@@ -243,13 +260,6 @@ impl World {
                     .map_or(Action::Pass, |behind| behind.run(self.ifindex.get(), hook, frame))
             }
             Verdict::Bridge => Action::Bridge,
-            Verdict::Redirect(device) if datapath::admitted(self, device) => Action::Redirect(device),
-            Verdict::Redirect(_) => Action::Pass,
-            Verdict::Route => match datapath::route::<A, _, _>(frame, self) {
-                Ok(0) => Action::Pass,
-                Ok(device) => Action::Route(device),
-                Err(_) => Action::Drop,
-            },
             Verdict::Drop(reason) => {
                 self.count(reason);
                 Action::Drop
@@ -313,6 +323,10 @@ impl Kernel for World {
 
     fn redirects(&self) -> bool {
         self.redirects
+    }
+
+    fn redirect(&self, to: u32) {
+        self.redirect.set(to);
     }
 
     fn port_reserved(&self, port: u16) -> bool {
