@@ -34,9 +34,8 @@ use std::sync::mpsc::SyncSender;
 /// Writes to the pinned maps.
 pub struct MapWriter {
     tables: Tables,
-    frontends: HashMap<FrontendAddr, Frontend>,
-    /// How many of them are IPv4's.
-    frontends4: usize,
+    /// How many there are: IPv4, IPv6. What they are is in the map, and read there when it is needed.
+    frontends: [usize; 2],
     names: Names,
     sets: Sets,
     sources: Sources,
@@ -59,8 +58,7 @@ impl MapWriter {
     pub fn new(tables: Tables, cluster: Vec<IpNet>, no_masquerade: Vec<IpNet>) -> Self {
         Self {
             tables,
-            frontends: HashMap::new(),
-            frontends4: 0,
+            frontends: [0; 2],
             names: Names::default(),
             sets: Sets::default(),
             sources: Sources::default(),
@@ -93,8 +91,8 @@ impl MapWriter {
     /// Says how much is in the maps now.
     fn count(&self) {
         let Some(fill) = &self.fill else { return };
-        let frontends6 = self.frontends.len() - self.frontends4;
-        fill.set("LB_FRONT4", self.frontends4 + self.cluster_ips4.len());
+        let [frontends4, frontends6] = self.frontends;
+        fill.set("LB_FRONT4", frontends4 + self.cluster_ips4.len());
         fill.set("LB_FRONT6", frontends6 + self.cluster_ips6.len());
         fill.set("LB_SLOT4", self.sets.groups::<Ip4>());
         fill.set("LB_SLOT6", self.sets.groups::<Ip6>());
@@ -108,7 +106,8 @@ impl MapWriter {
         fill.set("LB_SOURCE6", sources6);
     }
 
-    fn adopt_family<A: Own>(&mut self) -> Result<()> {
+    fn adopt_family<A: Own>(&mut self) -> Result<HashMap<FrontendAddr, Frontend>> {
+        let mut frontends = HashMap::new();
         let entries: Vec<_> = A::tables(&mut self.tables).frontends.iter().collect();
         for entry in entries {
             let (key, frontend) = entry.context("read the frontends")?;
@@ -118,16 +117,25 @@ impl MapWriter {
             }
             let Some(protocol) = protocol(key.proto) else { continue };
             let addr = FrontendAddr::new(SocketAddr::new(key.addr.into(), key.port.get()), protocol);
-            self.frontends.insert(addr, frontend);
-            self.frontends4 += usize::from(A::IS_V4);
+            frontends.insert(addr, frontend);
         }
         let mut groups: HashMap<u32, Vec<_>> = HashMap::new();
         for entry in A::tables(&mut self.tables).slots.iter() {
             let (key, group) = entry.context("read the slots")?;
             groups.entry(key.set).or_default().push((key.group, group));
         }
-        self.sets.adopt::<A>(groups, &self.frontends)?;
-        Ok(())
+        self.sets.adopt::<A>(groups, &frontends)?;
+        self.frontends[usize::from(!A::IS_V4)] = frontends.len();
+        Ok(frontends)
+    }
+
+    /// A frontend as it is in the map.
+    fn written<A: Own>(&mut self, key: &FrontendKey<A>) -> Result<Option<Frontend>> {
+        match A::tables(&mut self.tables).frontends.get(key, 0) {
+            Ok(frontend) => Ok(Some(frontend)),
+            Err(MapError::KeyNotFound) => Ok(None),
+            Err(error) => Err(error).context("read a frontend"),
+        }
     }
 
     /// Of a frontend that cannot be written nothing stays, or it would take the room of those that can.
@@ -162,15 +170,14 @@ impl MapWriter {
                 return Err(error);
             }
         };
-        let old = self.frontends.get(at).copied();
         match self.flip::<A>(at, wanted, Frontend { internal, external, service, ..Frontend::default() }) {
-            Ok(true) => {
+            Ok(Flipped::From(old)) => {
                 if let Some(old) = old {
                     self.retire::<A>(at, &old)?;
                 }
                 self.end_lingering(lingered)
             }
-            Ok(false) => {
+            Ok(Flipped::Not) => {
                 // The same sets were taken once more.
                 self.sets.release::<A>(&mut self.tables, service, internal)?;
                 self.sets.release::<A>(&mut self.tables, service, external)?;
@@ -186,8 +193,13 @@ impl MapWriter {
         }
     }
 
-    /// Writes the frontend itself with what belongs to it, all or nothing. Returns whether it was another one before.
-    fn flip<A: Own>(&mut self, at: &FrontendAddr, wanted: &model::Frontend, sets: Frontend) -> Result<bool> {
+    /// Writes the frontend itself with what belongs to it, all or nothing.
+    fn flip<A: Own>(
+        &mut self,
+        at: &FrontendAddr,
+        wanted: &model::Frontend,
+        sets: Frontend,
+    ) -> Result<Flipped> {
         let mut flags = 0;
         for (set, bit) in
             [(&wanted.internal, Frontend::INTERNAL_DROP), (&wanted.external, Frontend::EXTERNAL_DROP)]
@@ -215,19 +227,19 @@ impl MapWriter {
             kind: kind(wanted.kind),
             ..sets
         };
-        if self.frontends.get(at) == Some(&value) {
-            return Ok(false);
-        }
         let key = frontend_key::<A>(at)?;
+        let old = self.written(&key)?;
+        if old == Some(value) {
+            return Ok(Flipped::Not);
+        }
         self.hold_address::<A>(at, &value)?;
         if let Err(error) = A::tables(&mut self.tables).frontends.insert(key, value, 0) {
             self.release_address::<A>(at, &value)?;
             return Err(error).with_context(|| format!("write the frontend {} {}", at.addr(), at.protocol));
         }
-        let new = self.frontends.insert(*at, value).is_none();
-        self.frontends4 += usize::from(A::IS_V4 && new);
+        self.frontends[usize::from(!A::IS_V4)] += usize::from(old.is_none());
         self.names.hold(sets.service);
-        Ok(true)
+        Ok(Flipped::From(old))
     }
 
     /// Keeps backends that get nothing new alive for the flows that they have. Returns those of before.
@@ -255,12 +267,11 @@ impl MapWriter {
     }
 
     fn delete<A: Own>(&mut self, at: &FrontendAddr) -> Result<()> {
-        let Some(old) = self.frontends.get(at).copied() else { return Ok(()) };
         let key = frontend_key::<A>(at)?;
+        let Some(old) = self.written(&key)? else { return Ok(()) };
         gone(A::tables(&mut self.tables).frontends.remove(&key))
             .with_context(|| format!("delete the frontend {} {}", at.addr(), at.protocol))?;
-        self.frontends.remove(at);
-        self.frontends4 -= usize::from(A::IS_V4);
+        self.frontends[usize::from(!A::IS_V4)] -= 1;
         let lingered = self.lingering.remove(at);
         self.end_lingering(lingered)?;
         self.retire::<A>(at, &old)
@@ -297,10 +308,9 @@ impl MapWriter {
 impl Writer for MapWriter {
     fn adopt(&mut self) -> Result<Vec<FrontendAddr>> {
         self.names.adopt(&self.tables.names)?;
-        self.adopt_family::<Ip4>()?;
-        self.adopt_family::<Ip6>()?;
+        let mut frontends = self.adopt_family::<Ip4>()?;
+        frontends.extend(self.adopt_family::<Ip6>()?);
         self.sources.adopt(&self.tables)?;
-        let frontends: Vec<_> = self.frontends.iter().map(|(at, value)| (*at, *value)).collect();
         for (at, frontend) in &frontends {
             self.names.hold(frontend.service);
             match at.addr() {
@@ -315,7 +325,7 @@ impl Writer for MapWriter {
         self.cluster_ips6.drop_orphans(&mut self.tables)?;
         self.adopt_cidrs()?;
         self.count();
-        Ok(self.frontends.keys().copied().collect())
+        Ok(frontends.into_keys().collect())
     }
 
     /// One that cannot be written keeps no other from being written, and least of all from being deleted: that may be
@@ -356,6 +366,14 @@ impl Writer for MapWriter {
         self.count();
         result
     }
+}
+
+/// What became of a frontend.
+enum Flipped {
+    /// It is another one than this now.
+    From(Option<Frontend>),
+    /// It was so already.
+    Not,
 }
 
 /// A Service port's lingering endpoints.
