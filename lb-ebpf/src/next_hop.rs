@@ -4,14 +4,11 @@ use crate::tables::{LB_SCRATCH, Maps};
 use crate::tc::{Around, Skb};
 use aya_ebpf::bindings::{__sk_buff, TC_ACT_SHOT, TC_ACT_UNSPEC, bpf_fib_lookup};
 use aya_ebpf::helpers::generated as helpers;
-use lb_common::datapath::{Packet as _, ROUTED, Wire, admitted, route};
+use lb_common::datapath::{ETH, Packet as _, ROUTED, Wire, admitted, route};
 use lb_common::maps::Addr;
 
 const AF_INET: u8 = 2;
 const AF_INET6: u8 = 10;
-
-/// Length of an Ethernet header.
-const ETH: usize = 14;
 
 /// An Ethernet address: what a packet starts with.
 type Mac = [u8; 6];

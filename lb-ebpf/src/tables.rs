@@ -212,7 +212,49 @@ maps!(
     Ip6, 36, LB_FLOW6, LB_FRONT6, LB_SLOT6, LB_CIDR6, LB_SOURCE6, LB_RANGE6, LB_FRAG6, LB_DRAFT6, LB_RECENT6
 );
 
-// What more than one kind of programs ask.
+/// What more than one kind of programs ask, for the type that stands for the kind. (The traits are another crate's: they
+/// cannot be implemented for all types that are of a kind.)
+macro_rules! by_tables {
+    ($around:ty $(, const $constant:ident: $type:ty)?) => {
+        impl$(<const $constant: $type>)? lb_common::datapath::Context for $around {
+            #[inline(always)]
+            fn now(&self) -> u32 {
+                crate::tables::now()
+            }
+
+            #[inline(always)]
+            fn count(&self, reason: lb_common::datapath::Reason) {
+                crate::tables::count(reason);
+            }
+
+            #[inline(always)]
+            fn backend_epoch(&self, id: u32) -> u32 {
+                crate::tables::backend_epoch(id)
+            }
+        }
+
+        impl<A: crate::tables::Maps $(, const $constant: $type)?> lb_common::datapath::Flows<A> for $around {
+            #[inline(always)]
+            fn flow(
+                &self,
+                key: &lb_common::maps::FlowKey<A>,
+            ) -> Option<lb_common::datapath::FlowRef<'_, A>> {
+                crate::tables::flow(key)
+            }
+
+            #[inline(always)]
+            fn put_flow(
+                &self,
+                key: &lb_common::maps::FlowKey<A>,
+                flow: &lb_common::maps::Flow<A>,
+                how: lb_common::datapath::Put,
+            ) -> Result<(), lb_common::datapath::PutError> {
+                crate::tables::put_flow(key, flow, how)
+            }
+        }
+    };
+}
+pub(crate) use by_tables;
 
 #[inline(always)]
 pub(crate) fn flow<'a, A: Maps>(key: &FlowKey<A>) -> Option<FlowRef<'a, A>> {

@@ -2,7 +2,7 @@
 
 use crate::tables::{
     self, FLAGS, HASH_SEED, LB_BEGUN, LB_DEVICE, LB_PORTS, LB_SCRATCH, LB_STANCE, LB_TAKEN, MASQ_FIRST,
-    MASQ_LAST, Maps, RECENT,
+    MASQ_LAST, Maps, RECENT, by_tables,
 };
 use crate::{frames, next_hop};
 use aya_ebpf::bindings::{
@@ -19,11 +19,10 @@ use core::ptr::NonNull;
 use lb_common::addr::{Ip4, Ip6};
 use lb_common::checksum::Sum;
 use lb_common::datapath::{
-    self, Context, Covered, FlowRef, Flows, Kernel, Packet, Put, PutError, Reason, Reshape, Tables, Taken,
-    Verdict, Wire,
+    self, Context as _, Covered, FlowRef, Kernel, Packet, Reason, Reshape, Tables, Taken, Verdict, Wire,
 };
 use lb_common::maps::{
-    Addr, Affinity, AffinityKey, Device, Flow, FlowKey, Fragment, FragmentKey, Frontend, FrontendKey, Range,
+    Addr, Affinity, AffinityKey, Device, FlowKey, Fragment, FragmentKey, Frontend, FrontendKey, Range,
     SlotGroup, SlotGroupKey, SourceKey, flags, seen_to, stance,
 };
 
@@ -293,34 +292,7 @@ fn check(result: i64) -> Result<(), Reason> {
 #[derive(Clone, Copy)]
 pub(crate) struct Around<const REDIRECTS: bool>(pub(crate) *mut __sk_buff);
 
-impl<const REDIRECTS: bool> Context for Around<REDIRECTS> {
-    #[inline(always)]
-    fn now(&self) -> u32 {
-        tables::now()
-    }
-
-    #[inline(always)]
-    fn count(&self, reason: Reason) {
-        tables::count(reason);
-    }
-
-    #[inline(always)]
-    fn backend_epoch(&self, id: u32) -> u32 {
-        tables::backend_epoch(id)
-    }
-}
-
-impl<A: Maps, const REDIRECTS: bool> Flows<A> for Around<REDIRECTS> {
-    #[inline(always)]
-    fn flow(&self, key: &FlowKey<A>) -> Option<FlowRef<'_, A>> {
-        tables::flow(key)
-    }
-
-    #[inline(always)]
-    fn put_flow(&self, key: &FlowKey<A>, flow: &Flow<A>, how: Put) -> Result<(), PutError> {
-        tables::put_flow(key, flow, how)
-    }
-}
+by_tables!(Around<REDIRECTS>, const REDIRECTS: bool);
 
 impl<const REDIRECTS: bool> Kernel for Around<REDIRECTS> {
     #[inline(always)]

@@ -1,6 +1,6 @@
 //! The XDP program: established flows that only pass through this node, without its stack.
 
-use crate::tables::{self, LB_VTEP, LB_XDP, Maps};
+use crate::tables::{self, LB_VTEP, LB_XDP, Maps, by_tables};
 use aya_ebpf::bindings::{bpf_fib_lookup, xdp_action, xdp_md};
 use aya_ebpf::helpers::generated as helpers;
 use aya_ebpf::macros::xdp;
@@ -8,11 +8,8 @@ use aya_ebpf::programs::XdpContext;
 use bytemuck::Pod;
 use lb_common::addr::{Ip6, Mac};
 use lb_common::checksum::{Sum, update};
-use lb_common::datapath::{
-    self, Context, Covered, Driver, FlowRef, Flows, NextHop, Packet, Put, PutError, Query, RawPacket, Reason,
-    Routes, Sent,
-};
-use lb_common::maps::{Flow, FlowKey, VtepKey, XdpDevice};
+use lb_common::datapath::{self, Covered, Driver, NextHop, Packet, Query, RawPacket, Reason, Routes, Sent};
+use lb_common::maps::{VtepKey, XdpDevice};
 
 /// Packets that come in, before the kernel makes anything of them.
 #[xdp]
@@ -162,34 +159,7 @@ impl Packet for Window {
     }
 }
 
-impl Context for Frame {
-    #[inline(always)]
-    fn now(&self) -> u32 {
-        tables::now()
-    }
-
-    #[inline(always)]
-    fn count(&self, reason: Reason) {
-        tables::count(reason);
-    }
-
-    #[inline(always)]
-    fn backend_epoch(&self, id: u32) -> u32 {
-        tables::backend_epoch(id)
-    }
-}
-
-impl<A: Maps> Flows<A> for Frame {
-    #[inline(always)]
-    fn flow(&self, key: &FlowKey<A>) -> Option<FlowRef<'_, A>> {
-        tables::flow(key)
-    }
-
-    #[inline(always)]
-    fn put_flow(&self, key: &FlowKey<A>, flow: &Flow<A>, how: Put) -> Result<(), PutError> {
-        tables::put_flow(key, flow, how)
-    }
-}
+by_tables!(Frame);
 
 impl Driver for Frame {
     #[inline(always)]

@@ -190,6 +190,9 @@ fn renew_counters(pins: &Pins) -> Result<()> {
 /// Loads the tc programs side by side: to verify them is nearly all that the agent does until it is ready, and the kernel
 /// can do that on as many processors as there are programs.
 fn load_tc(ebpf: &mut Ebpf, names: [&str; 2]) -> Result<()> {
+    for name in names {
+        program(ebpf, name)?;
+    }
     thread::scope(|scope| {
         let programs = ebpf.programs_mut().filter(|(name, _)| names.contains(name));
         let loads: Vec<_> = programs

@@ -202,11 +202,13 @@ fn not_a_service<A: Addr, K: Tables<A>>(kernel: &K, headers: &Headers<A>) -> Ver
 #[inline(never)]
 fn note_direct<A: Addr, K: Tables<A>>(kernel: &K, headers: &Headers<A>) {
     let (src, dst) = (headers.key.src, headers.key.dst);
-    let uplink = kernel.device().is_some_and(|device| device.flags & Device::MASQUERADE != 0);
-    if !uplink
+    // In the order of what tells most packets apart: those of pods, then those to the node itself, its overlay's.
+    let Some(device) = kernel.device() else { return };
+    if device.flags & Device::MASQUERADE == 0
+        || dst == A::masquerade_addr(device)
         || src.is_local_scope()
-        || kernel.cidr(src) & (cidr::CLUSTER | cidr::NO_MASQUERADE) != 0
         || kernel.cidr(dst) & cidr::CLUSTER == 0
+        || kernel.cidr(src) & (cidr::CLUSTER | cidr::NO_MASQUERADE) != 0
         || kernel.stance() == stance::DRAIN
     {
         return;

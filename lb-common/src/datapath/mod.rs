@@ -34,7 +34,7 @@ use core::ptr::NonNull;
 
 pub use egress::egress;
 pub use ingress::ingress;
-pub use parse::Wire;
+pub use parse::{ETH, Wire};
 pub use redirect::{ROUTED, admitted, route};
 pub use reject::{Reshape, reject};
 pub use transit::{Both, Driver, NextHop, Query, RawPacket, Routes, Sent, transit};

@@ -7,7 +7,7 @@ use crate::maps::{Addr, FlowKey, FragmentKey};
 use bytemuck::{Pod, Zeroable};
 
 /// Length of the Ethernet header.
-pub(super) const ETH: usize = 14;
+pub const ETH: usize = 14;
 pub(super) const TCP: u8 = 6;
 pub(super) const UDP: u8 = 17;
 
