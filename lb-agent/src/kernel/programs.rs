@@ -8,7 +8,7 @@ use anyhow::{Context as _, Result, anyhow, bail};
 use aya::maps::MapInfo;
 use aya::programs::{Program, ProgramError, ProgramType, SchedClassifier, Xdp};
 use aya::sys::{BpfHelper, is_helper_supported, is_program_supported};
-use aya::util::nr_cpus;
+use aya::util::{KernelVersion, nr_cpus};
 use aya::{Ebpf, EbpfLoader};
 use aya_obj::programs::XdpAttachType;
 use lb_attach::attach::{self, Attacher, Hook};
@@ -150,7 +150,7 @@ pub fn load(pins: &Pins, args: &RunArgs, features: Features, place: Place) -> Re
         warn!("{warning}");
     }
     if args.redirect != Redirect::Off {
-        match load_tc(&mut ebpf, REDIRECTING) {
+        match load_redirecting(&mut ebpf) {
             Ok(()) => return Ok(ebpf),
             Err(error) => {
                 // The verifier's log has thousands of lines.
@@ -166,6 +166,17 @@ pub fn load(pins: &Pins, args: &RunArgs, features: Features, place: Place) -> Re
 
 /// The programs that redirect, in place of those that are named as their hooks are.
 const REDIRECTING: [&str; 2] = ["ingress_redirect", "egress_redirect"];
+
+/// Linux 6.12. Before, the verifier rounds each frame of the stack up to 32 bytes, not 16, and they do not fit; but it says so
+/// only after it has looked through all of them, several times over to tell why, while nothing is served.
+const REDIRECTING_SINCE: KernelVersion = KernelVersion::new(6, 12, 0);
+
+fn load_redirecting(ebpf: &mut Ebpf) -> Result<()> {
+    if KernelVersion::current().map_err(|error| anyhow!("{error}"))? < REDIRECTING_SINCE {
+        bail!("they need the stack of Linux 6.12 or later");
+    }
+    load_tc(ebpf, REDIRECTING)
+}
 
 /// The programs that were loaded.
 fn tc_programs(ebpf: &Ebpf) -> [&'static str; 2] {
