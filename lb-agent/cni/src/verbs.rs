@@ -61,7 +61,11 @@ impl<'a> Call<'a> {
     /// Attaches to a device, or returns why not.
     fn serve(&self, link: &Link, host: &Snapshot) -> Result<Option<String>> {
         if let Some((turn, Some(mut attacher))) = self.open()? {
-            let attached = attacher.attach(&turn, link, host.entry(link, Entry::POD));
+            let mut entry = host.entry(link, Entry::POD);
+            // The agent may have been first, and knows more of the bridge.
+            let known = attacher.entry(link.index).filter(|known| known.netns == entry.netns);
+            entry.flags |= known.map_or(0, |known| known.flags & (Entry::BRIDGED4 | Entry::BRIDGED6));
+            let attached = attacher.attach(&turn, link, entry);
             let failed =
                 |e| Code::Kernel.error(format!("cannot serve the pod's device {}", link.name)).because(e);
             return attached.map_err(failed).map(|()| None);

@@ -14,7 +14,7 @@ use super::{all_served, device_table, pins};
 /// It looks every ten seconds.
 pub(super) const PATIENCE: Duration = Duration::from_secs(20);
 
-fn index(node: &Host, device: &str) -> Result<u32> {
+pub(super) fn index(node: &Host, device: &str) -> Result<u32> {
     node.run_in(|| nix::net::if_::if_nametoindex(device))?.with_context(|| format!("no device {device}"))
 }
 

@@ -6,6 +6,7 @@ use std::process::Command;
 
 use anyhow::{Context, Result, ensure};
 use lb_attach::syscall;
+use lb_common::maps::Device;
 use serde_json::{Value, json};
 use xtask::cni::{Answer, call};
 use xtask::demo::Cluster;
@@ -13,7 +14,8 @@ use xtask::lab::{Host, Lab};
 use xtask::probe::Ask;
 use xtask::system::{ensure_debian_packages, output};
 
-use super::super::support::{agent_exe, answered, web};
+use super::super::support::{SOON, agent_exe, answered, eventually, web};
+use super::repair::index;
 use super::{all_served, device_table, ours, pins, plugin_exe, served, state_dir};
 
 const VERSIONS: [&str; 4] = ["0.3.1", "0.4.0", "1.0.0", "1.1.0"];
@@ -129,6 +131,7 @@ fn before_any_agent_ran_and_after() -> Result<()> {
     cluster.start_agent(0, &[])?;
     pod.good("CHECK")?;
     ensure!(pod.good("STATUS")?.is_none(), "STATUS says nothing");
+    after_the_agent(&cluster, &pod)?;
     cluster.kill_agent(0);
     pod.good("STATUS")?;
 
@@ -141,6 +144,25 @@ fn before_any_agent_ran_and_after() -> Result<()> {
     let log = fs::read_to_string(state_dir(&node).join("cni.log"))?;
     let line = format!("ADD lab/{} eth0 in cbr0 ({}, {}) on", pod.pod.name(), pod.pod.v4(), pod.pod.v6());
     ensure!(log.contains(&line), "{line} is not in the log:\n{log}");
+    Ok(())
+}
+
+/// The agent sees a device before the chain comes to us, and knows more of it.
+fn after_the_agent(cluster: &Cluster, pod: &By) -> Result<()> {
+    for family in ["iptables", "ip6tables"] {
+        pod.node.sysctl(&format!("bridge.bridge-nf-call-{family}"), "1")?;
+    }
+    let index = index(pod.node, &cluster.lab().veth_of(&pod.pod))?;
+    let entry = || device_table(pod.node)?.get(&index, 0).context("no entry");
+    let bridged = Device::BRIDGED4 | Device::BRIDGED6;
+    eventually(SOON, || {
+        let flags = entry()?.flags;
+        ensure!(flags & bridged == bridged, "{flags:#x}");
+        Ok(())
+    })?;
+    let before = entry()?;
+    pod.good("ADD")?;
+    ensure!(entry()? == before, "{:?}, not {before:?}", entry()?);
     Ok(())
 }
 
