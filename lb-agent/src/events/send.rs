@@ -34,6 +34,10 @@ const NOTE: usize = 1024;
 const INSTANCE: usize = 128;
 const NAME: usize = 253;
 
+/// Where events of what has no namespace belong, and where API servers before 1.21.6 and 1.22.3 want them.
+const HOME: &str = "default";
+const OLD_HOME: &str = "kube-system";
+
 pub(super) struct Sender {
     client: Client,
     node: String,
@@ -41,6 +45,8 @@ pub(super) struct Sender {
     recent: HashMap<Event, Recent>,
     /// Until when the allowance is used up.
     paid: Instant,
+    /// Where this node's own go.
+    home: &'static str,
     failing: bool,
     /// Being refused has been said.
     refused: bool,
@@ -68,6 +74,7 @@ impl Sender {
             node: node.into(),
             recent: HashMap::new(),
             paid: Instant::now(),
+            home: HOME,
             failing: false,
             refused: false,
         }
@@ -124,7 +131,7 @@ impl Sender {
     async fn attempt(&mut self, event: &Event, count: i32) -> Result<(), Failure> {
         self.recent.retain(|_, recent| recent.at.elapsed() < SERIES);
         let regarding = self.regarding(event.service.as_ref()).await?;
-        let namespace = regarding.namespace.clone().unwrap_or_else(|| "default".into());
+        let namespace = regarding.namespace.clone().unwrap_or_else(|| self.home.into());
         let events: Api<api::Event> = Api::namespaced(self.client.clone(), &namespace);
         if let Some(recent) = self.recent.get_mut(event) {
             let total = recent.count.saturating_add(count);
@@ -141,8 +148,13 @@ impl Sender {
         }
         let new = self.event(event, count, regarding);
         let name = new.metadata.name.clone().unwrap_or_default();
-        if let Err(error) = events.create(&PostParams::default(), &new).await {
-            return Err(self.failure(error));
+        match events.create(&PostParams::default(), &new).await {
+            Ok(_) => {}
+            Err(Error::Api(status)) if status.code == 422 && event.service.is_none() && self.home == HOME => {
+                self.home = OLD_HOME;
+                return Err(Failure::Again(status.message));
+            }
+            Err(error) => return Err(self.failure(error)),
         }
         self.recent.insert(event.clone(), Recent { name, count, at: Instant::now() });
         Ok(())
@@ -206,7 +218,7 @@ impl Sender {
         api::Event {
             metadata: ObjectMeta {
                 name: Some(name),
-                namespace: Some(regarding.namespace.clone().unwrap_or_else(|| "default".into())),
+                namespace: Some(regarding.namespace.clone().unwrap_or_else(|| self.home.into())),
                 ..ObjectMeta::default()
             },
             event_time: Some(MicroTime(now)),

@@ -79,6 +79,23 @@ async fn they_arrive_whole() {
 }
 
 #[tokio::test]
+async fn old_servers_want_a_nodes_events_in_another_namespace() {
+    let (api, events) = start().await;
+    api.behave(|behaviour| behaviour.old_events = true);
+    events.starting();
+    events.unserved(&service("web"), &sctp("sig"));
+    events.node("TableFull", "no room");
+    let all = api.until("events", |all| all.len() == 3).await;
+    let homes: Vec<_> = all.iter().map(|event| event["metadata"]["namespace"].as_str().unwrap()).collect();
+    assert_eq!(homes, ["kube-system", "kube-system", "shop"]);
+    counted(&events, "sent", 3.0).await;
+    assert_eq!(count(&events, "failed"), 0.0);
+    let asked = api.requests().iter().filter(|request| *request == SENDING).count();
+    assert_eq!(asked, 4, "refused once, and remembered");
+    assert_eq!(api.askers(), [concat!("lb-agent/", env!("CARGO_PKG_VERSION")).to_owned()].into());
+}
+
+#[tokio::test]
 async fn what_happens_again_is_counted() {
     let (api, events) = start().await;
     events.unserved(&service("web"), &sctp("sig"));

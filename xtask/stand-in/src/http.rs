@@ -89,6 +89,8 @@ impl Target {
 
 async fn answer(request: Request<Incoming>, shared: Arc<Shared>) -> Result<Response<Body>, Infallible> {
     let behaviour = lock(&shared.behaviour).clone();
+    let asker = request.headers().get("user-agent").and_then(|value| value.to_str().ok());
+    lock(&shared.askers).insert(asker.unwrap_or_default().to_owned());
     let is_known = |token: &String| {
         let given = request.headers().get("authorization").and_then(|value| value.to_str().ok());
         given.and_then(|given| given.strip_prefix("Bearer ")) == Some(token)
@@ -227,6 +229,15 @@ fn write(method: &Method, target: &Target, mut object: Value, shared: &Shared) -
         return status(code, "Refused", message);
     }
     let namespace = target.namespace.clone().unwrap_or_default();
+    let homeless = target.kind == "events" && object["regarding"]["namespace"].is_null();
+    if homeless && *method == Method::POST && namespace != "kube-system" && lock(&shared.behaviour).old_events
+    {
+        return status(
+            422,
+            "Invalid",
+            "involvedObject.namespace: Invalid value: \"\": does not match event.namespace",
+        );
+    }
     let named = object["metadata"]["name"].as_str().unwrap_or_default().to_owned();
     let key = (target.kind.clone(), namespace.clone(), target.name.clone().unwrap_or(named));
     let current = objects.get(&key).map(|object| (**object).clone());

@@ -64,6 +64,8 @@ pub struct Behaviour {
     pub old_pages: bool,
     /// The only token that is let in; without, everybody is.
     pub token: Option<String>,
+    /// Events of what has no namespace are refused (422) outside of `kube-system`, as by servers before 1.21.6.
+    pub old_events: bool,
 }
 
 /// What an access rule grants.
@@ -82,6 +84,7 @@ struct Shared {
     behaviour: Mutex<Behaviour>,
     requests: Mutex<Vec<String>>,
     rights: Mutex<BTreeSet<Right>>,
+    askers: Mutex<BTreeSet<String>>,
     listed: Mutex<Option<Instant>>,
     tls: tls::Tls,
     /// Raised whenever watches may have something to say.
@@ -139,12 +142,14 @@ impl Api {
             unread: None,
             old_pages: false,
             token: None,
+            old_events: false,
         };
         let shared = Arc::new(Shared {
             objects: Mutex::default(),
             behaviour: Mutex::new(behaviour),
             requests: Mutex::default(),
             rights: Mutex::default(),
+            askers: Mutex::default(),
             listed: Mutex::default(),
             tls: tls::Tls::default(),
             news: signal::Sender::new(0),
@@ -260,6 +265,11 @@ impl Api {
     /// The rights that all requests so far have taken.
     pub fn rights(&self) -> BTreeSet<Right> {
         lock(&self.shared.rights).clone()
+    }
+
+    /// Who has asked anything, by the header `User-Agent`; empty for those who did not say.
+    pub fn askers(&self) -> BTreeSet<String> {
+        lock(&self.shared.askers).clone()
     }
 
     fn raise(&self) {

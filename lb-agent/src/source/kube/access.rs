@@ -7,6 +7,7 @@ use crate::metrics::Sample;
 use ::kube::client::Body;
 use ::kube::config::{KubeConfigOptions, Kubeconfig};
 use ::kube::{Client, Config};
+use hyper::header::{HeaderValue, USER_AGENT};
 use hyper::{Method, Request, Response, StatusCode, Uri};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -19,6 +20,9 @@ use tracing::{info, warn};
 const SILENCE: Duration = Duration::from_secs(90);
 /// A server that does not even do that is away.
 const CONNECT_WITHIN: Duration = Duration::from_secs(10);
+
+/// Who asks, for the API server's audit log and its metrics.
+const WHO: &str = concat!("lb-agent/", env!("CARGO_PKG_VERSION"));
 
 /// Where Kubernetes puts a pod's credentials.
 const SERVICE_ACCOUNT: &str = "/var/run/secrets/kubernetes.io/serviceaccount";
@@ -184,7 +188,8 @@ struct Requests {
 }
 
 impl Requests {
-    async fn send(&self, request: Request<Body>, tells: bool) -> Result<Response<Body>, ::kube::Error> {
+    async fn send(&self, mut request: Request<Body>, tells: bool) -> Result<Response<Body>, ::kube::Error> {
+        request.headers_mut().insert(USER_AGENT, HeaderValue::from_static(WHO));
         let method = request.method().clone();
         let path = tells.then(|| request.uri().path().to_owned());
         let client = self.client().await;
