@@ -5,6 +5,7 @@
 
 mod access;
 mod link;
+mod patient;
 
 pub use access::{Access, Cluster};
 
@@ -13,9 +14,10 @@ use crate::objects::{EndpointSlice, Node as NodeObject, Service};
 use crate::store::{Change, Node, ObjectName, Slice};
 use ::kube::api::Api;
 use ::kube::core::{NamespaceResourceScope, Status};
-use ::kube::runtime::{WatchStreamExt, watcher};
+use ::kube::runtime::watcher;
 use ::kube::{Resource, ResourceExt};
 use futures::StreamExt;
+use patient::Patient;
 use serde::de::DeserializeOwned;
 use std::collections::HashSet;
 use std::fmt::Debug;
@@ -32,7 +34,7 @@ const SLICES: &str = "!service.kubernetes.io/headless";
 
 /// An old server takes a streaming list for an ordinary watch and never says that the list is complete.
 const STREAMING_PATIENCE: Duration = Duration::from_secs(5);
-/// Before a list is started over by us, doubled at each; [`watcher`]'s own attempts have their back-off.
+/// Before a list is started over by us, doubled at each; between [`watcher`]'s own attempts we are [`Patient`].
 const PAUSE: Duration = Duration::from_secs(1);
 /// So many lists in a row that were lost before they were complete.
 const LOST_PAGES: u32 = 3;
@@ -152,9 +154,10 @@ impl Task {
         let mut config = self.selector.clone().streaming_lists();
         let mut lost = 0;
         loop {
-            let stream = watcher(api.clone(), config).default_backoff().ready_chunks(BATCH);
+            let watcher = Box::pin(watcher(api.clone(), config));
+            let stream = Patient::new(watcher, self.cluster.link.clone()).ready_chunks(BATCH);
             let streaming = !known.listed_once && lost == 0;
-            match self.follow(Box::pin(stream), streaming, &mut known, &convert).await {
+            match self.follow(stream, streaming, &mut known, &convert).await {
                 Restart::Stop => return,
                 Restart::NoStreaming => lost = 1,
                 Restart::Gone => {

@@ -5,6 +5,7 @@ use crate::log::Log;
 use crate::view::View;
 use lb_agent::source::kube::{Access, Cluster};
 use lb_stand_in::Api;
+use std::collections::BTreeSet;
 use std::time::Duration;
 
 fn api_up(cluster: &Cluster) -> f64 {
@@ -46,6 +47,30 @@ async fn an_hour_without_the_server_changes_nothing_and_takes_two_lines() {
     let lines = log.take();
     let expected = format!("INFO the API server {} is back after ", api.url());
     assert!(lines.len() == 1 && lines[0].starts_with(&expected), "{lines:#?}");
+}
+
+/// Each kind is tried again at times of its own; what one finds out, all are to know.
+#[tokio::test]
+async fn when_the_server_is_back_all_kinds_are_watched_at_once() {
+    let api = prepared().await;
+    let (cluster, mut view) = open(&api).await;
+    view.until("the first lists", |view| view.synced).await;
+    api.down();
+    // By now they wait for some seconds between attempts.
+    view.settle(Duration::from_secs(9)).await;
+    assert_eq!(api_up(&cluster), 0.0);
+    api.requests();
+    api.up();
+    let mut asked = BTreeSet::new();
+    while asked.is_empty() {
+        view.settle(Duration::from_millis(10)).await;
+        asked.extend(api.requests());
+    }
+    view.settle(Duration::from_millis(300)).await;
+    asked.extend(api.requests());
+    let all = ["watch endpointslices", "watch nodes", "watch services"].map(str::to_owned);
+    assert_eq!(asked, BTreeSet::from(all));
+    assert_eq!(api_up(&cluster), 1.0);
 }
 
 #[tokio::test]

@@ -6,6 +6,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
+use tokio::sync::watch;
 use tokio::time::Instant;
 use tracing::{info, warn};
 
@@ -43,6 +44,8 @@ struct Shared {
     /// The same as client-go's label `host`.
     host: String,
     state: Mutex<State>,
+    /// Raised when it serves us after it has not.
+    serves: watch::Sender<()>,
 }
 
 #[derive(Debug, Default)]
@@ -61,15 +64,26 @@ struct State {
 #[derive(Debug)]
 struct Outage {
     since: Instant,
-    /// By path: how often in a row, and whether nobody answered.
-    failing: BTreeMap<String, (u32, bool)>,
+    /// By path.
+    failing: BTreeMap<String, Failing>,
     /// The troubles that have been told.
     told: BTreeSet<u8>,
 }
 
+#[derive(Debug, Default)]
+struct Failing {
+    /// How often in a row.
+    count: u32,
+    /// Nobody answered.
+    silent: bool,
+    /// So it is for all paths: nobody answered, or whoever did does not know us.
+    for_all: bool,
+}
+
 impl Link {
     pub(super) fn new(url: &str, host: &str) -> Self {
-        Self(Arc::new(Shared { url: url.into(), host: host.into(), state: Mutex::default() }))
+        let (url, host, serves) = (url.into(), host.into(), watch::Sender::new(()));
+        Self(Arc::new(Shared { url, host, state: Mutex::default(), serves }))
     }
 
     /// The server's address.
@@ -105,10 +119,25 @@ impl Link {
 
     /// A path works; said if that ends an outage that was told.
     pub(super) fn works(&self, path: &str) {
-        let over = self.state().works(path);
+        let (news, over) = {
+            let mut state = self.state();
+            (state.is_news_for_all(), state.works(path))
+        };
+        if news {
+            self.0.serves.send_replace(());
+        }
         if let Some(since) = over {
             let time = Duration::from_secs(since.elapsed().as_secs());
             info!("the API server {} is back after {time:?}", self.0.url);
+        }
+    }
+
+    /// Waits until it serves somebody of us again.
+    pub(super) fn serves(&self) -> impl Future<Output = ()> + Send + use<> {
+        let mut serves = self.0.serves.subscribe();
+        async move {
+            // Without a sender, there is nobody to wait either.
+            let _ = serves.changed().await;
         }
     }
 
@@ -154,21 +183,29 @@ impl State {
             failing: BTreeMap::new(),
             told: BTreeSet::new(),
         });
-        let (count, silent) = outage.failing.entry(path.into()).or_default();
-        *count += 1;
-        *silent = matches!(trouble, Trouble::Unreachable(_));
-        *count > 1
+        let failing = outage.failing.entry(path.into()).or_default();
+        failing.count += 1;
+        failing.silent = matches!(trouble, Trouble::Unreachable(_));
+        failing.for_all = !matches!(trouble, Trouble::Unavailable(_));
+        failing.count > 1
             && outage.told.insert(match trouble {
+                // A server that has come back under another authority's certificate would not be told from one that is away.
+                Trouble::Unreachable(why) if why.contains("certificate") => 3,
                 Trouble::Unreachable(_) => 0,
                 Trouble::Unauthorized => 1,
                 Trouble::Unavailable(_) => 2,
             })
     }
 
+    /// Whether what works now may work for those, too, that wait to try it again.
+    fn is_news_for_all(&self) -> bool {
+        self.outage.as_ref().is_some_and(|outage| outage.failing.values().any(|failing| failing.for_all))
+    }
+
     /// Since when there was an outage that is over now, if it was told of. Who answers one can be reached for all.
     fn works(&mut self, path: &str) -> Option<Instant> {
         let outage = self.outage.as_mut()?;
-        outage.failing.retain(|other, (_, silent)| other != path && !*silent);
+        outage.failing.retain(|other, failing| other != path && !failing.silent);
         let outage = self.outage.take_if(|outage| outage.failing.is_empty())?;
         (!outage.told.is_empty()).then_some(outage.since)
     }
@@ -193,6 +230,8 @@ mod tests {
         assert!(!state.fails("/services", &refused, now));
         assert!(!state.fails("/services", &Trouble::Unavailable(500), now));
         assert!(state.fails("/nodes", &Trouble::Unauthorized, now));
+        let stranger = Trouble::Unreachable("invalid peer certificate: UnknownIssuer".into());
+        assert!(state.fails("/nodes", &stranger, now) && !state.fails("/nodes", &stranger, now));
         // One that works is not all.
         assert_eq!(state.works("/nodes"), None);
         assert!(!state.fails("/services", &Trouble::Unavailable(429), now));
