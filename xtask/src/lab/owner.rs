@@ -24,7 +24,9 @@ pub(crate) fn lab_dir(lab: &str) -> PathBuf {
 /// Names of all labs of this machine.
 pub(crate) fn labs() -> Vec<String> {
     let names = fs::read_dir(DIR).into_iter().flatten().flatten();
-    let mut names: Vec<_> = names.filter_map(|e| e.file_name().into_string().ok()).collect();
+    // What begins with a dot is being made: it has no owner yet, and must not be taken for one whose owner has died.
+    let names = names.filter_map(|e| e.file_name().into_string().ok()).filter(|name| !name.starts_with('.'));
+    let mut names: Vec<_> = names.collect();
     names.sort();
     names
 }
