@@ -1027,6 +1027,7 @@ aya_pod!(
     Fragment,
     XdpDevice,
     VtepKey,
+    NetPort,
     Ip4,
     Ip6
 );

@@ -6,7 +6,7 @@ use aya_ebpf::helpers::generated as helpers;
 use aya_ebpf::macros::map;
 use aya_ebpf::maps::{Array, HashMap, LpmTrie, LruHashMap, PerCpuArray};
 use core::ptr::NonNull;
-use lb_common::addr::{Ip4, Ip6};
+use lb_common::addr::{Ip4, Ip6, NetPort};
 use lb_common::datapath::{FlowRef, Put, PutError, Reason, Taken};
 use lb_common::maps::{
     Addr, Affinity, AffinityKey, Device, Flow, FlowKey, Fragment, FragmentKey, Frontend, FrontendKey, Held,
@@ -92,6 +92,9 @@ pub(crate) static LB_DEVICE: HashMap<u32, Device> = HashMap::with_max_entries(40
 /// What XDP has to know of devices: see `XdpDevice::place`.
 #[map]
 pub(crate) static LB_XDP: Array<XdpDevice> = Array::with_max_entries(XdpDevice::PLACES, 0);
+/// The UDP port that the node's overlays send to; zero for none.
+#[map]
+pub(crate) static LB_OVERLAY: Array<NetPort> = Array::with_max_entries(1, 0);
 /// Where overlays send what is for an Ethernet address; mapped.
 #[map]
 pub(crate) static LB_VTEP: HashMap<VtepKey, Ip6> = HashMap::with_max_entries(1 << 14, BPF_F_NO_PREALLOC);

@@ -1,8 +1,8 @@
 //! The tc programs: packets and tables as `lb_common::datapath` wants them.
 
 use crate::tables::{
-    self, FLAGS, HASH_SEED, LB_BEGUN, LB_DEVICE, LB_PORTS, LB_SCRATCH, LB_STANCE, LB_TAKEN, MASQ_FIRST,
-    MASQ_LAST, Maps, RECENT, by_tables,
+    self, FLAGS, HASH_SEED, LB_BEGUN, LB_DEVICE, LB_OVERLAY, LB_PORTS, LB_SCRATCH, LB_STANCE, LB_TAKEN,
+    MASQ_FIRST, MASQ_LAST, Maps, RECENT, by_tables,
 };
 use crate::{frames, next_hop};
 use aya_ebpf::bindings::{
@@ -16,7 +16,7 @@ use aya_ebpf::programs::TcContext;
 use aya_log_ebpf::info;
 use bytemuck::Pod;
 use core::ptr::NonNull;
-use lb_common::addr::{Ip4, Ip6};
+use lb_common::addr::{Ip4, Ip6, NetPort};
 use lb_common::checksum::Sum;
 use lb_common::datapath::{
     self, Context as _, Covered, FlowRef, Kernel, Packet, Reason, Reshape, Tables, Taken, Verdict, Wire,
@@ -303,6 +303,11 @@ impl<const REDIRECTS: bool> Kernel for Around<REDIRECTS> {
     #[inline(always)]
     fn hash_seed(&self) -> u32 {
         HASH_SEED.load()
+    }
+
+    #[inline(always)]
+    fn overlay_port(&self) -> NetPort {
+        LB_OVERLAY.get(0).copied().unwrap_or_default()
     }
 
     #[inline(always)]

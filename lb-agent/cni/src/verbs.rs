@@ -62,9 +62,10 @@ impl<'a> Call<'a> {
     fn serve(&self, link: &Link, host: &Snapshot) -> Result<Option<String>> {
         if let Some((turn, Some(mut attacher))) = self.open()? {
             let mut entry = host.entry(link, Entry::POD);
-            // The agent may have been first, and knows more of the bridge.
+            // The agent may have been first, and knows more: of the bridge, of its flags.
             let known = attacher.entry(link.index).filter(|known| known.netns == entry.netns);
-            entry.flags |= known.map_or(0, |known| known.flags & (Entry::BRIDGED4 | Entry::BRIDGED6));
+            entry.flags |=
+                known.map_or(0, |known| known.flags & (Entry::BRIDGED4 | Entry::BRIDGED6 | Entry::REDIRECT));
             let attached = attacher.attach(&turn, link, entry);
             let failed =
                 |e| Code::Kernel.error(format!("cannot serve the pod's device {}", link.name)).because(e);

@@ -7,6 +7,7 @@ mod stats;
 pub use stats::Stats;
 
 use super::pins::Pins;
+use super::tables;
 use super::xdp::Xdp;
 use crate::cli::{BridgeShortcut, Redirect, RunArgs};
 use crate::store::LocalAddresses;
@@ -15,6 +16,8 @@ use classify::{Role, classify};
 use futures::StreamExt as _;
 use lb_attach::attach::{Attacher, Hook};
 use lb_attach::snapshot::{Link, Snapshot};
+use lb_attach::vxlan::Vxlan;
+use lb_common::addr::NetPort;
 use lb_common::maps::Device as Entry;
 use netlink_packet_core::{NetlinkMessage, NetlinkPayload};
 use rtnetlink::packet_route::{AddressFamily, RouteNetlinkMessage};
@@ -46,13 +49,16 @@ pub struct Devices {
     attached: BTreeMap<u32, (String, Entry)>,
     /// When we last looked at what is attached.
     looked: Option<Instant>,
+    /// The overlays' port that the programs know.
+    overlay_port: Option<NetPort>,
     stats: Stats,
 }
 
 impl Devices {
     /// A manager that attaches what is pinned, and keeps `stats` of it.
     pub fn new(attacher: Attacher, xdp: Option<Xdp>, pins: Pins, args: RunArgs, stats: Stats) -> Self {
-        Self { attacher, xdp, pins, args, attached: BTreeMap::new(), looked: None, stats }
+        let attached = BTreeMap::new();
+        Self { attacher, xdp, pins, args, attached, looked: None, overlay_port: None, stats }
     }
 
     /// Follows the devices until the receiver of the addresses is gone.
@@ -128,6 +134,8 @@ impl Devices {
             }
         }
         self.stats.set(counts);
+        let overlays = wanted.values().filter(|(_, role)| *role == Role::Overlay);
+        self.tell_overlay_port(overlays.map(|(link, _)| *link).find_map(|link| link.vxlan.as_ref()))?;
         let known: BTreeSet<u32> = self.attached.keys().copied().collect();
         // Also what a former agent or a plugin attached: to devices that vanished since, or that are not to be served.
         let served = if look { &served | &known } else { known };
@@ -150,6 +158,18 @@ impl Devices {
             all: snapshot.all_addresses().collect(),
             primary: snapshot.primary_addresses().collect(),
         })
+    }
+
+    /// One for all: nodes with vxlan devices on several ports are rare, and the others' packets are only looked up in vain.
+    fn tell_overlay_port(&mut self, overlay: Option<&Vxlan>) -> Result<()> {
+        let port = NetPort::new(overlay.map_or(0, |overlay| overlay.port));
+        if self.overlay_port != Some(port) {
+            tables::overlay_port(&self.pins)?
+                .set(0, port, 0)
+                .context("tell the programs the overlays' port")?;
+            self.overlay_port = Some(port);
+        }
+        Ok(())
     }
 
     fn entry(&self, link: &Link, role: Role, snapshot: &Snapshot, short_cut: u32) -> Entry {

@@ -140,6 +140,14 @@ impl<A: NodeAddr> Family<A> {
     }
 }
 
+/// Where the programs find the UDP port that overlays send to.
+///
+/// # Errors
+/// If it is not there.
+pub fn overlay_port(pins: &Pins) -> Result<Array<MapData, NetPort>> {
+    Ok(Array::try_from(Map::Array(open(pins, "LB_OVERLAY")?))?)
+}
+
 fn open(pins: &Pins, name: &str) -> Result<MapData> {
     let path = pins.map(name);
     MapData::from_pin(&path).with_context(|| format!("open the pinned map {}", path.display()))

@@ -3,7 +3,7 @@
 use super::ingress::{done, leaves_here};
 use super::parse::{Headers, Kind, NotOurs, Wire, parse};
 use super::rewrite::{End, new_port, rewrite};
-use super::{FlowRef, Packet, Put, Reason, Tables, Verdict, fragments, icmp_error};
+use super::{FlowRef, Packet, Put, Reason, Tables, Verdict, fragments, icmp_error, overlay};
 use super::{masquerade, masqueraded};
 use crate::maps::{Addr, Flow, Side, stance};
 
@@ -28,6 +28,9 @@ fn whole<A: Wire, P: Packet, K: Tables<A>>(packet: &mut P, kernel: &K, headers: 
     if headers.kind == Kind::IcmpError {
         let Some(headers) = kernel.launder(headers) else { return Verdict::Pass };
         return Verdict::from_raw(icmp_error::at_egress(packet, kernel, headers));
+    }
+    if overlay::carries(kernel, headers, headers.key.src) {
+        return Verdict::Leave;
     }
     let found = kernel.flow(&headers.key);
     if let Some(entry) = &found

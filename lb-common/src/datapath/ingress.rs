@@ -4,7 +4,9 @@ use super::choose::{choose, repair};
 use super::enter::{LOOK_ON, forget, stale, straight};
 use super::parse::{Headers, Kind, NotOurs, UDP, Wire, parse};
 use super::rewrite::{End, new_port, rewrite};
-use super::{FlowRef, Kernel, Packet, Put, Reason, Tables, Taken, Verdict, fragments, icmp_error, redirect};
+use super::{
+    FlowRef, Kernel, Packet, Put, Reason, Tables, Taken, Verdict, fragments, icmp_error, overlay, redirect,
+};
 use crate::maps::{Addr, Device, Flow, FlowKey, Frontend, FrontendKey, Side, cidr, stance};
 
 /// A packet comes in on a device.
@@ -28,6 +30,9 @@ fn whole<A: Wire, P: Packet, K: Tables<A>>(packet: &mut P, kernel: &K, headers: 
     if headers.kind == Kind::IcmpError {
         let Some(headers) = kernel.launder(headers) else { return Verdict::Pass };
         return Verdict::from_raw(icmp_error::at_ingress(packet, kernel, headers));
+    }
+    if overlay::carries(kernel, headers, headers.key.dst) {
+        return Verdict::Leave;
     }
     if let Some(entry) = kernel.flow(&headers.key) {
         match known(kernel, headers, &entry) {
@@ -202,7 +207,7 @@ fn not_a_service<A: Addr, K: Tables<A>>(kernel: &K, headers: &Headers<A>) -> Ver
 #[inline(never)]
 fn note_direct<A: Addr, K: Tables<A>>(kernel: &K, headers: &Headers<A>) {
     let (src, dst) = (headers.key.src, headers.key.dst);
-    // In the order of what tells most packets apart: those of pods, then those to the node itself, its overlay's.
+    // In the order of what tells most packets apart: those of pods, then those to the node itself.
     let Some(device) = kernel.device() else { return };
     if device.flags & Device::MASQUERADE == 0
         || dst == A::masquerade_addr(device)

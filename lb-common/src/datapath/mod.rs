@@ -12,6 +12,7 @@ mod icmp_error;
 mod ingress;
 mod masquerade;
 mod masqueraded;
+mod overlay;
 mod parse;
 mod ports;
 mod reclaim;
@@ -286,6 +287,8 @@ pub trait Kernel: Context {
     fn stance(&self) -> u32;
     /// Seed of all hashes; the same for the life of the node, so that choices can be made again.
     fn hash_seed(&self) -> u32;
+    /// The UDP port that the node's overlays send to; zero for none.
+    fn overlay_port(&self) -> NetPort;
     /// First and last port to masquerade to, host order.
     fn masquerade_ports(&self) -> (u16, u16);
     /// The device that the hook is on.

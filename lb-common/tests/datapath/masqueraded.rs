@@ -239,3 +239,26 @@ fn answers_to_datagrams_straight_to_a_pod_keep_their_source() {
     straight_to_a_pod::<Ip4>(false);
     straight_to_a_pod::<Ip6>(true);
 }
+
+/// Their source ports are any, those among them that we masquerade to, and no socket is behind them.
+#[test]
+fn what_carries_overlays_is_left_alone() {
+    let l4 = L4::Udp;
+    for v6 in BOTH {
+        let n = Net::of(v6);
+        let mut world = cluster();
+        let (ours, theirs) = (sock(n.node, 20_000), sock(n.internet, 8472));
+        assert_eq!(leaves(&world, ours, theirs, l4), Some(ours));
+        assert_eq!(entries(&world, v6), 2, "as a flow that somebody else has masqueraded");
+        world = cluster();
+        world.overlay_port = NetPort::new(8472);
+        assert_eq!(leaves(&world, ours, theirs, l4), Some(ours));
+        let (there, here) = (sock(n.internet, 20_000), sock(n.node, 8472));
+        assert_eq!(comes(&world, there, here, l4), Some(here));
+        assert_eq!((entries(&world, v6), world.left.get()), (0, 2));
+        // A pod's packets to that port are not the overlay's.
+        let pod = leaves(&world, sock(n.pod, 5000), theirs, l4).expect("it leaves");
+        assert_eq!(pod.ip(), n.node);
+        assert_eq!(comes(&world, theirs, pod, l4), Some(sock(n.pod, 5000)));
+    }
+}

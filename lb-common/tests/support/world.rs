@@ -109,6 +109,7 @@ pub(crate) struct World {
     pub(crate) routes: HashMap<IpAddr, u32>,
     pub(crate) now: Cell<u32>,
     pub(crate) stance: Cell<u32>,
+    pub(crate) overlay_port: NetPort,
     /// Packets that were left to whoever comes next.
     pub(crate) left: Cell<usize>,
     /// Another version's programs, which come next.
@@ -145,6 +146,7 @@ impl World {
             routes: HashMap::new(),
             now: Cell::new(100),
             stance: Cell::new(stance::SERVE),
+            overlay_port: NetPort::default(),
             left: Cell::new(0),
             behind: None,
             capacity: usize::MAX,
@@ -299,6 +301,10 @@ impl Context for World {
 impl Kernel for World {
     fn stance(&self) -> u32 {
         self.stance.get()
+    }
+
+    fn overlay_port(&self) -> NetPort {
+        self.overlay_port
     }
 
     fn hash_seed(&self) -> u32 {
