@@ -678,6 +678,8 @@ impl Device {
     pub const BRIDGED6: u32 = 8;
     /// A pod's veth or an overlay that packets may be redirected to, past everything between the hooks.
     pub const REDIRECT: u32 = 16;
+    /// The flags of a pod's device that depend on the agent's own.
+    pub const OF_THE_AGENT: u32 = Self::BRIDGED4 | Self::BRIDGED6 | Self::REDIRECT;
 
     /// The flag of a family.
     #[inline(always)]

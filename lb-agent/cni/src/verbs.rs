@@ -62,10 +62,9 @@ impl<'a> Call<'a> {
     fn serve(&self, link: &Link, host: &Snapshot) -> Result<Option<String>> {
         if let Some((turn, Some(mut attacher))) = self.open()? {
             let mut entry = host.entry(link, Entry::POD);
-            // The agent may have been first, and knows more: of the bridge, of its flags.
+            // The agent may have been first, and knows more.
             let known = attacher.entry(link.index).filter(|known| known.netns == entry.netns);
-            entry.flags |=
-                known.map_or(0, |known| known.flags & (Entry::BRIDGED4 | Entry::BRIDGED6 | Entry::REDIRECT));
+            entry.flags |= known.map_or(0, |known| known.flags & Entry::OF_THE_AGENT);
             let attached = attacher.attach(&turn, link, entry);
             let failed =
                 |e| Code::Kernel.error(format!("cannot serve the pod's device {}", link.name)).because(e);
