@@ -19,11 +19,12 @@ use tracing::{debug, error, info, warn};
 
 pub use crate::desired::Diff;
 
-/// The first change is written at once. After that we rest for ten times as long as the writing took, so that a
-/// storm of changes costs a tenth of a core at most, this long at most.
+/// The first change is written at once. After that we rest for [`REST`] times as long as the writing took, so that a
+/// storm of changes costs a fifth of a core at most, this long at most.
 const LONGEST_REST: Duration = Duration::from_secs(1);
-/// The shortest rest: doubled while changes come during it, so that a burst is written together and one change after
-/// another is not kept waiting.
+const REST: u32 = 5;
+/// The shortest rest: doubled at the second of those in a row that changes come in, so that a burst is written together and
+/// one change after another is not kept waiting.
 const GATHER: std::ops::RangeInclusive<Duration> = Duration::from_micros(1500)..=Duration::from_millis(6);
 /// Between attempts to write, doubled at each.
 const RETRY: std::ops::RangeInclusive<Duration> = Duration::from_millis(100)..=Duration::from_secs(5);
@@ -122,9 +123,10 @@ struct Loop<W> {
     dirty: bool,
     first: bool,
     not_before: Instant,
-    /// The shortest rest at present, and whether something changed during it.
+    /// The shortest rest at present, whether something changed during it, and in how many in a row before.
     gather: Duration,
     kept_waiting: bool,
+    busy: u32,
     retry: Duration,
 }
 
@@ -150,6 +152,7 @@ impl<W: Writer> Loop<W> {
             not_before: Instant::now(),
             gather: *GATHER.start(),
             kept_waiting: false,
+            busy: 0,
             retry: *RETRY.start(),
         }
     }
@@ -248,11 +251,9 @@ impl<W: Writer> Loop<W> {
         self.reports.health.synced();
         self.dirty = false;
         self.retry = *RETRY.start();
-        self.gather = match std::mem::take(&mut self.kept_waiting) {
-            true => (self.gather * 2).min(*GATHER.end()),
-            false => *GATHER.start(),
-        };
-        self.not_before = Instant::now() + (took * 10).clamp(self.gather, LONGEST_REST);
+        self.busy = if std::mem::take(&mut self.kept_waiting) { self.busy.saturating_add(1) } else { 0 };
+        self.gather = if self.busy < 2 { *GATHER.start() } else { (self.gather * 2).min(*GATHER.end()) };
+        self.not_before = Instant::now() + (took * REST).clamp(self.gather, LONGEST_REST);
     }
 
     fn try_write(&mut self, diff: &Diff) -> anyhow::Result<()> {
