@@ -39,17 +39,21 @@ fn every_mode_is_measured_drawn_and_compared() -> Result<()> {
     let mut there: Vec<_> = modes.iter().filter(|m| m["by"]["Ok"].is_string()).collect();
     there.retain(|mode| mode["mode"] != "ours_xdp");
     let names: Vec<_> = there.iter().filter_map(|mode| mode["mode"].as_str()).collect();
-    ensure!(names == ["direct", "iptables", "nftables", "ours", "ours_sockets"], "{names:?}");
+    ensure!(
+        names == ["direct", "iptables", "nftables", "ours", "ours_sockets", "ours_redirect"],
+        "{names:?}"
+    );
     for mode in names {
         let rows = results["rows"].as_array().into_iter().flatten().filter(|row| row["mode"] == mode);
         let rows = Value::Array(rows.cloned().collect());
-        let ways = if mode == "ours_sockets" { 2 } else { 5 };
-        ensure!(strings(&rows, "path").len() == ways, "{mode}: {rows:#}");
-        let loads: &[_] = if mode == "ours_sockets" {
-            &["connections", "packets"]
-        } else {
-            &["connections", "forwarded", "packets"]
+        let ways = match mode {
+            "ours_sockets" => 2,
+            "ours_redirect" => 3,
+            _ => 5,
         };
+        ensure!(strings(&rows, "path").len() == ways, "{mode}: {rows:#}");
+        let loads: &[_] =
+            if ways < 5 { &["connections", "packets"] } else { &["connections", "forwarded", "packets"] };
         ensure!(strings(&rows, "load") == loads, "{mode}: {rows:#}");
         let figures = rows.as_array().into_iter().flatten();
         ensure!(figures.clone().all(|row| row["figure"]["median"].as_f64() > Some(0.0)), "{mode}: {rows:#}");
@@ -63,9 +67,10 @@ fn every_mode_is_measured_drawn_and_compared() -> Result<()> {
     }
     ensure!(strings(&results["rows"], "family") == ["v4", "v6"]);
     ensure!(
-        strings(&results["changes"], "mode") == ["iptables", "nftables", "ours", "ours_sockets", "ours_xdp"]
+        strings(&results["changes"], "mode")
+            == ["iptables", "nftables", "ours", "ours_redirect", "ours_sockets", "ours_xdp"]
     );
-    ensure!(strings(&results["processes"], "mode") == ["ours", "ours_sockets", "ours_xdp"]);
+    ensure!(strings(&results["processes"], "mode") == ["ours", "ours_redirect", "ours_sockets", "ours_xdp"]);
     let programs = results["programs"].as_array().context("no programs")?;
     ensure!(programs.len() > 10);
     let of_xdp = programs.iter().filter(|program| program["hook"] == "xdp");
