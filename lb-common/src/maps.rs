@@ -230,6 +230,8 @@ impl<A: Addr> Flow<A> {
     pub const SEEN: u8 = 4;
     /// Either end is closing: the port may be used again.
     pub const CLOSING: u8 = Self::FIN | Self::RST;
+    /// Of a packet, not of an entry: a connection begins. What closed the one before from the same port is over with it.
+    pub const SYN: u8 = 128;
 
     /// The key under which the entry of that side is found.
     #[inline(always)]

@@ -1,5 +1,6 @@
 //! The egress hook: sources.
 
+use super::enter::forget;
 use super::ingress::{done, leaves_here};
 use super::parse::{Headers, Kind, NotOurs, Wire, parse};
 use super::rewrite::{End, new_port, rewrite};
@@ -40,6 +41,11 @@ fn whole<A: Wire, P: Packet, K: Tables<A>>(packet: &mut P, kernel: &K, headers: 
     }
     let Some(headers) = kernel.launder(headers) else { return Verdict::Pass };
     let entry = match found {
+        Some(entry) if entry.get().flags & Flow::<A>::DNAT == 0 => {
+            // Its port may be another's by now, and what closed it says nothing of the connection that begins.
+            forget(kernel, entry.get());
+            return unknown(packet, kernel, headers);
+        }
         Some(entry) => entry,
         None => match missing(kernel, headers) {
             REPAIRED => match kernel.flow(&headers.key) {
@@ -100,7 +106,7 @@ fn missing<A: Wire, K: Tables<A>>(kernel: &K, headers: &Headers<A>) -> u32 {
     }
 }
 
-/// What the entry says; nothing if the source has still to be decided on.
+/// What the entry says; nothing if the source has still to be decided on, or anew.
 #[inline(always)]
 fn known<A: Wire, P: Packet, K: Tables<A>>(
     packet: &mut P,
@@ -113,6 +119,13 @@ fn known<A: Wire, P: Packet, K: Tables<A>>(
         Some(Side::Reply) => {
             entry.seen(kernel.now(), headers.state() | Flow::<A>::SEEN);
             Some(done(back(packet, headers, flow)))
+        }
+        Some(Side::Forward)
+            if flow.flags & (Flow::<A>::MASQ_DONE | Flow::<A>::DNAT) == Flow::<A>::MASQ_DONE
+                && headers.is_syn()
+                && masquerade::is_over(kernel, flow) =>
+        {
+            None
         }
         Some(Side::Forward) if flow.flags & Flow::<A>::MASQ_DONE != 0 => {
             if entry.seen(kernel.now(), headers.state() | Flow::<A>::SEEN) {

@@ -226,7 +226,9 @@ fn remove<A: Addr, K: Tables<A>>(kernel: &K, flow: &Flow<A>, side: Side) {
         // The forward entry alone is sure to know it.
         if entry.get().flags & Flow::<A>::MASQ_DONE != 0 {
             key = entry.get().key(Side::Back);
-            kernel.remove_flow(&key);
+            if kernel.flow(&key).is_some_and(|back| back.get().same_origin(flow)) {
+                kernel.remove_flow(&key);
+            }
         }
         key = flow.key(side);
     }

@@ -100,6 +100,14 @@ pub(super) fn renew<A: Addr, K: Flows<A>>(kernel: &K, flow: &Flow<A>) {
     }
 }
 
+/// Whether a connection that begins from the same port is another one: the last one was closed, or its port has been given
+/// away since. (Where a Service was sent to, the ingress hook has found that out.)
+#[inline(never)]
+pub(super) fn is_over<A: Addr, K: Flows<A>>(kernel: &K, flow: &Flow<A>) -> bool {
+    flow.state & Flow::<A>::CLOSING != 0
+        || !kernel.flow(&flow.key(Side::Back)).is_some_and(|back| back.get().same_origin(flow))
+}
+
 /// Whether this starts a flow, or is the middle of a connection, whose entry may have been lost. If none of its ports was
 /// ever taken, it is one that was exempt when it began, and stays as it is.
 #[inline(always)]

@@ -441,8 +441,11 @@ impl<'a, A: Addr> FlowRef<'a, A> {
             if first {
                 (*flow).last_seen = now;
             }
-            if state != 0 && (*flow).state & state != state {
-                (*flow).state |= state;
+            let old = (*flow).state;
+            let begins = state & Flow::<A>::SYN != 0 && old & Flow::<A>::CLOSING != 0;
+            let new = (if begins { 0 } else { old } | state) & !Flow::<A>::SYN;
+            if new != old {
+                (*flow).state = new;
             }
             first
         }

@@ -28,8 +28,10 @@ impl Kind {
     #[inline(always)]
     pub(super) fn state(self) -> u8 {
         match self {
-            // FIN and RST are bits 0 and 2 in the header, 0 and 1 in the entry.
-            Self::Tcp(flags) => flags & tcp_flags::FIN | (flags & tcp_flags::RST) >> 1,
+            // FIN, SYN and RST are bits 0, 1 and 2 in the header, and 0, 7 and 1 in the state.
+            Self::Tcp(flags) => {
+                flags & tcp_flags::FIN | (flags & tcp_flags::RST) >> 1 | (flags & tcp_flags::SYN) << 6
+            }
             _ => 0,
         }
     }
@@ -74,7 +76,13 @@ impl<A> Headers<A> {
         }
     }
 
-    /// The [`crate::maps::Flow`] state bits that this packet sets.
+    /// Whether it opens a TCP connection.
+    #[inline(always)]
+    pub(super) fn is_syn(&self) -> bool {
+        matches!(self.kind, Kind::Tcp(_)) && self.starts_flow()
+    }
+
+    /// The [`crate::maps::Flow`] state bits that this packet sets, and [`crate::maps::Flow::SYN`].
     #[inline(always)]
     pub(super) fn state(&self) -> u8 {
         self.kind.state()

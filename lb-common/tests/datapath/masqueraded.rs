@@ -11,7 +11,7 @@ use std::net::SocketAddr;
 
 const FIRST: [L4; 2] = [L4::Tcp(SYN), L4::Udp];
 
-fn leaves(world: &World, src: SocketAddr, dst: SocketAddr, l4: L4) -> Option<SocketAddr> {
+pub(crate) fn leaves(world: &World, src: SocketAddr, dst: SocketAddr, l4: L4) -> Option<SocketAddr> {
     let (left, to) = pass(world, UPLINK, Hook::Egress, src, dst, l4)?;
     assert_eq!(to, dst);
     Some(left)
