@@ -29,6 +29,9 @@ fn load(cluster: &Cluster) -> Result<Traffic> {
     let lab = cluster.lab();
     let (pod, other, node, client, inet) =
         (lab.pod(0, 2), lab.pod(0, 1), lab.node(0), lab.client(), lab.inet());
+    // Its ports come round every few seconds, as they do in a minute where a connection leaves a TIME_WAIT.
+    other.sysctl("ipv4.tcp_max_tw_buckets", "0")?;
+    other.sysctl("ipv4.ip_local_port_range", "33000 33999")?;
     let mut traffic = Traffic::default();
     traffic.new_connections(&pod, web()[0])?;
     traffic.new_connections(client, node.at(30080)[0])?;

@@ -79,6 +79,14 @@ impl<'a> Entries<'a> {
             .all(|name| field(&self.layout.value, name, one) == field(&self.layout.value, name, other))
     }
 
+    /// Whether they are of the same connection, which leaves from the same port.
+    pub(super) fn same_flow(&self, one: &[u8], other: &[u8]) -> bool {
+        self.same_origin(one, other)
+            && ["masq", "masq_port"]
+                .iter()
+                .all(|name| field(&self.layout.value, name, one) == field(&self.layout.value, name, other))
+    }
+
     /// Whether the device that the flow leaves by has still to say how its source is translated.
     fn undecided(&self, entry: &[u8]) -> bool {
         let flags = field(&self.layout.value, "flags", entry).first().copied().unwrap_or(0);
@@ -176,5 +184,9 @@ mod tests {
         assert!(entries.same_origin(bytes_of(&front), bytes_of(&forward)));
         let other = Flow { client_port: NetPort::new(1), ..forward };
         assert!(!entries.same_origin(bytes_of(&front), bytes_of(&other)));
+        assert!(entries.same_flow(bytes_of(&front), bytes_of(&forward)));
+        let moved = Flow { masq_port: NetPort::new(1), ..forward };
+        assert!(entries.same_origin(bytes_of(&front), bytes_of(&moved)));
+        assert!(!entries.same_flow(bytes_of(&front), bytes_of(&moved)));
     }
 }

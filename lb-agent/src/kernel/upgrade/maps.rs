@@ -140,8 +140,18 @@ impl Move<'_> {
                         ends.lookup(&forward, new)?.is_some_and(|there| entries.same_origin(&there, value))
                     }
                 };
-                // The port of a closed one may be another flow's by now, there.
-                let how = if entries.closing(value) { syscall::Update::New } else { self.how };
+                // The port of a closed one may be another flow's by now, there. If it is not, it is closed there, too.
+                let how = match self.how {
+                    syscall::Update::Any
+                        if entries.closing(value)
+                            && !ends
+                                .lookup(key, new)?
+                                .is_some_and(|there| entries.same_flow(&there, value)) =>
+                    {
+                        syscall::Update::New
+                    }
+                    how => how,
+                };
                 if now {
                     ends.put(key, value, how, &mut count)?;
                 }
