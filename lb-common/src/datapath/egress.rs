@@ -41,13 +41,8 @@ fn whole<A: Wire, P: Packet, K: Tables<A>>(packet: &mut P, kernel: &K, headers: 
     }
     let Some(headers) = kernel.launder(headers) else { return Verdict::Pass };
     let entry = match found {
-        Some(entry) if entry.get().flags & Flow::<A>::DNAT == 0 => {
-            // Its port may be another's by now, and what closed it says nothing of the connection that begins.
-            forget(kernel, entry.get());
-            return unknown(packet, kernel, headers);
-        }
-        Some(entry) => entry,
-        None => match missing(kernel, headers) {
+        Some(entry) if entry.get().flags & Flow::<A>::DNAT != 0 => entry,
+        over => match missing(kernel, headers, over) {
             REPAIRED => match kernel.flow(&headers.key) {
                 Some(entry) => entry,
                 None => return Verdict::Pass,
@@ -88,9 +83,13 @@ const REPAIRED: u32 = 0;
 const NOT_OURS: u32 = 1;
 const UNKNOWN: u32 = 2;
 
-/// No entry: lost, or the first packet of a flow that only has to be masqueraded, or nothing of ours.
+/// No entry, or one that is over: lost, or the first packet of a flow that only has to be masqueraded, or nothing of ours.
 #[inline(never)]
-fn missing<A: Wire, K: Tables<A>>(kernel: &K, headers: &Headers<A>) -> u32 {
+fn missing<A: Wire, K: Tables<A>>(kernel: &K, headers: &Headers<A>, over: Option<FlowRef<'_, A>>) -> u32 {
+    if let Some(over) = over {
+        // Its port may be another's by now, and what closed it says nothing of the connection that begins.
+        forget(kernel, over.get());
+    }
     match kernel.flow(&headers.key.reversed()) {
         Some(twin) if repair(kernel, headers, twin.get()) => REPAIRED,
         // Ours leave from there, too.
