@@ -33,16 +33,23 @@ fn whole<A: Wire, P: Packet, K: Tables<A>>(packet: &mut P, kernel: &K, headers: 
     if overlay::carries(kernel, headers, headers.key.src) {
         return Verdict::Leave;
     }
-    let found = kernel.flow(&headers.key);
+    let mut found = kernel.flow(&headers.key);
     if let Some(entry) = &found
         && let Some(verdict) = known(packet, kernel, headers, entry)
     {
         return verdict;
     }
     let Some(headers) = kernel.launder(headers) else { return Verdict::Pass };
+    if let Some(entry) = &found
+        && entry.get().flags & Flow::<A>::DNAT == 0
+    {
+        // Over: its port may be another's by now, and what closed it says nothing of the connection that begins.
+        forget(kernel, entry.get());
+        found = None;
+    }
     let entry = match found {
-        Some(entry) if entry.get().flags & Flow::<A>::DNAT != 0 => entry,
-        over => match missing(kernel, headers, over) {
+        Some(entry) => entry,
+        None => match missing(kernel, headers) {
             REPAIRED => match kernel.flow(&headers.key) {
                 Some(entry) => entry,
                 None => return Verdict::Pass,
@@ -83,13 +90,9 @@ const REPAIRED: u32 = 0;
 const NOT_OURS: u32 = 1;
 const UNKNOWN: u32 = 2;
 
-/// No entry, or one that is over: lost, or the first packet of a flow that only has to be masqueraded, or nothing of ours.
+/// No entry: lost, or the first packet of a flow that only has to be masqueraded, or nothing of ours.
 #[inline(never)]
-fn missing<A: Wire, K: Tables<A>>(kernel: &K, headers: &Headers<A>, over: Option<FlowRef<'_, A>>) -> u32 {
-    if let Some(over) = over {
-        // Its port may be another's by now, and what closed it says nothing of the connection that begins.
-        forget(kernel, over.get());
-    }
+fn missing<A: Wire, K: Tables<A>>(kernel: &K, headers: &Headers<A>) -> u32 {
     match kernel.flow(&headers.key.reversed()) {
         Some(twin) if repair(kernel, headers, twin.get()) => REPAIRED,
         // Ours leave from there, too.
