@@ -13,6 +13,7 @@ use crate::kernel::foreign::{Beside, Guard};
 use crate::kernel::losses::Losses;
 use crate::kernel::pins::{Pins, Place};
 use crate::kernel::ports;
+use crate::kernel::presence::Marks;
 use crate::kernel::programs::{self, Features};
 use crate::kernel::sockets;
 use crate::kernel::sweep::Sweeper;
@@ -112,6 +113,7 @@ async fn serve(
         }
         tokio::spawn(file.run(events.clone()));
     }
+    Marks::open(&pins)?.distrust()?;
     programs::pin(&mut ebpf, &pins, features, Place::Main)?;
     let attacher = upgrade::finish(&pins, features)?;
     let xdp = programs::pin_xdp(&mut ebpf, &pins, &args);

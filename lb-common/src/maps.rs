@@ -22,6 +22,8 @@ pub trait Addr: Pod + Eq + core::fmt::Debug + Default {
     fn sum(self) -> u64;
     /// The address's words, mixed into a hash.
     fn mix(self, hash: u32) -> u32;
+    /// A hash of two addresses, whichever comes first: a number below 2 to the power of 16.
+    fn pair(self, other: Self) -> u32;
     /// This device's address to masquerade to.
     fn masquerade_addr(device: &Device) -> Self;
     /// Addresses that are never masqueraded to: multicast, loopback, unspecified, broadcast. (Link-local is a matter
@@ -94,6 +96,12 @@ impl<A: Addr> FlowKey<A> {
         f(unsafe { &*(&raw const words).cast() })
     }
 
+    /// The place of the mark that there are flows between those two addresses: see [`Presence`].
+    #[inline(always)]
+    pub fn mark(&self) -> u32 {
+        self.src.pair(self.dst) % Presence::PLACES
+    }
+
     /// A well-mixed hash (murmur3's steps), the same on the host and in the kernel.
     #[inline(always)]
     pub fn hash(&self, seed: u32) -> u32 {
@@ -109,6 +117,14 @@ impl<A: Addr> FlowKey<A> {
 fn mix_word(hash: u32, word: u32) -> u32 {
     let k = word.wrapping_mul(0xcc9e_2d51).rotate_left(15).wrapping_mul(0x1b87_3593);
     (hash ^ k).rotate_left(13).wrapping_mul(5).wrapping_add(0xe654_6b64)
+}
+
+/// What grows with the low bits of two words, whichever comes first: 16 bits.
+#[inline(always)]
+fn mix_pair(a: u64, b: u64) -> u32 {
+    let sum = a.wrapping_add(b).wrapping_mul(0x9e37_79b9_7f4a_7c15);
+    let difference = (a ^ b).wrapping_mul(0xd6e8_feb8_6659_fd93);
+    ((sum ^ difference.rotate_left(32)) >> 48) as u32
 }
 
 /// Which of a flow's entries this is, by the packets that find it.
@@ -345,6 +361,35 @@ impl<A: Addr> Flow<A> {
             && self.client_port == other.client_port
             && self.vip_port == other.vip_port
             && self.proto == other.proto
+    }
+}
+
+/// Whether packets between two addresses need not be looked up in the flow table, because nothing there is between those:
+/// most packets of most pods are none of ours, and a look-up that finds nothing costs more than all else about them.
+///
+/// Who enters a flow marks its entries' pairs of addresses with the present round *before*; who goes through the whole
+/// table marks again what is there, and then begins another round. A mark of the last two rounds counts, too: that of a flow
+/// which was entered behind the back of who went through the table, by a processor that had read the round before the last one
+/// ended. So no mark is ever taken away, and no flow is without one.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Pod, Zeroable)]
+pub struct Presence {
+    /// Not zero if the marks are complete. They may not be as long as there are programs that do not mark.
+    pub complete: u32,
+    /// The present round.
+    pub round: u32,
+}
+
+impl Presence {
+    /// How many marks there are.
+    pub const PLACES: u32 = 1 << 15;
+    /// The first round: no mark that was never made looks like one of before.
+    pub const FIRST: u32 = 3;
+
+    /// Whether there may be flows, if that is the pair's mark.
+    #[inline(always)]
+    pub fn may_be(&self, mark: u32) -> bool {
+        self.complete == 0 || self.round.wrapping_sub(mark) <= 2
     }
 }
 
@@ -870,6 +915,11 @@ impl Addr for Ip4 {
     }
 
     #[inline(always)]
+    fn pair(self, other: Self) -> u32 {
+        mix_pair(u32::from_be(self.wire()).into(), u32::from_be(other.wire()).into())
+    }
+
+    #[inline(always)]
     fn masquerade_addr(device: &Device) -> Self {
         device.masq4
     }
@@ -924,6 +974,13 @@ impl Addr for Ip6 {
     fn mix(self, hash: u32) -> u32 {
         let (a, b) = self.wire();
         mix_word(mix_word(mix_word(mix_word(hash, a as u32), (a >> 32) as u32), b as u32), (b >> 32) as u32)
+    }
+
+    #[inline(always)]
+    fn pair(self, other: Self) -> u32 {
+        // Hosts of one network differ in the lower half, networks in the upper one.
+        let word = |(high, low): (u64, u64)| u64::from_be(low) ^ u64::from_be(high).rotate_left(16);
+        mix_pair(word(self.wire()), word(other.wire()))
     }
 
     #[inline(always)]
@@ -1031,6 +1088,7 @@ aya_pod!(
     Fragment,
     XdpDevice,
     VtepKey,
+    Presence,
     NetPort,
     Ip4,
     Ip6
@@ -1039,7 +1097,7 @@ aya_pod!(
 const _: () = {
     assert!(size_of::<ServiceName>() == 192);
     assert!(size_of::<Frontend>() == 28 && core::mem::offset_of!(Frontend, flags) == 24);
-    assert!(size_of::<SlotGroupKey>() == 8);
+    assert!(size_of::<SlotGroupKey>() == 8 && size_of::<Presence>() == 8);
     assert!(size_of::<Device>() == 32);
     assert!(size_of::<SourceKey<Ip4>>() == 8 && size_of::<SourceKey<Ip6>>() == 20);
     assert!(size_of::<Held>() == 2048);

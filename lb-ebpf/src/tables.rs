@@ -10,7 +10,8 @@ use lb_common::addr::{Ip4, Ip6, NetPort};
 use lb_common::datapath::{FlowRef, Put, PutError, Reason, Taken};
 use lb_common::maps::{
     Addr, Affinity, AffinityKey, Device, Flow, FlowKey, Fragment, FragmentKey, Frontend, FrontendKey, Held,
-    Range, ServiceName, SlotGroup, SlotGroupKey, SocketKey, SocketPeer, SourceKey, VtepKey, XdpDevice, flags,
+    Presence, Range, ServiceName, SlotGroup, SlotGroupKey, SocketKey, SocketPeer, SourceKey, VtepKey,
+    XdpDevice, flags,
 };
 
 // Written by the loader before the programs are verified, constant from then on.
@@ -37,6 +38,11 @@ pub(crate) static LB_FLOW4: HashMap<FlowKey<Ip4>, Flow<Ip4>> =
 #[map]
 pub(crate) static LB_FLOW6: HashMap<FlowKey<Ip6>, Flow<Ip6>> =
     HashMap::with_max_entries(1 << 18, BPF_F_NO_PREALLOC);
+/// Marks of pairs of addresses: see [`Presence`].
+#[map]
+pub(crate) static LB_MARK: Array<u32> = Array::with_max_entries(Presence::PLACES, 0);
+#[map]
+pub(crate) static LB_PRESENCE: Array<Presence> = Array::with_max_entries(1, 0);
 #[map]
 pub(crate) static LB_FRONT4: HashMap<FrontendKey<Ip4>, Frontend> =
     HashMap::with_max_entries(1 << 17, BPF_F_NO_PREALLOC);
@@ -267,12 +273,36 @@ pub(crate) fn flow<'a, A: Maps>(key: &FlowKey<A>) -> Option<FlowRef<'a, A>> {
 }
 
 #[inline(always)]
+pub(crate) fn may_have_flows<A: Maps>(key: &FlowKey<A>) -> bool {
+    match (LB_PRESENCE.get(0), LB_MARK.get(key.mark())) {
+        (Some(presence), Some(mark)) => presence.may_be(*mark),
+        _ => true,
+    }
+}
+
+/// See [`Presence`].
+#[inline(always)]
+fn mark<A: Maps>(key: &FlowKey<A>) {
+    if let Some(presence) = LB_PRESENCE.get(0)
+        && let Some(mark) = LB_MARK.get_ptr_mut(key.mark())
+    {
+        // SAFETY: a word of the map, written at once; it is left alone if nothing changes, because all processors read it.
+        unsafe {
+            if *mark != presence.round {
+                *mark = presence.round;
+            }
+        }
+    }
+}
+
+#[inline(always)]
 pub(crate) fn put_flow<A: Maps>(key: &FlowKey<A>, flow: &Flow<A>, how: Put) -> Result<(), PutError> {
     let flags = match how {
         Put::New => aya_ebpf::bindings::BPF_NOEXIST,
         Put::Any => aya_ebpf::bindings::BPF_ANY,
     };
     const EEXIST: i32 = -17;
+    mark(key);
     A::flows().insert(key, flow, u64::from(flags)).map_err(|e| match e {
         EEXIST => PutError::Taken,
         _ => PutError::Full,

@@ -421,6 +421,11 @@ impl<A: Maps, const REDIRECTS: bool> Tables<A> for Around<REDIRECTS> {
     }
 
     #[inline(always)]
+    fn may_have_flows(&self, key: &FlowKey<A>) -> bool {
+        tables::may_have_flows(key)
+    }
+
+    #[inline(always)]
     fn remove_flow(&self, key: &FlowKey<A>) {
         // Already gone is as good.
         let _ = A::flows().remove(key);

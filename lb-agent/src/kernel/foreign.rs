@@ -243,7 +243,7 @@ fn enter<A: NodeAddr>(
         ..Flow::straight(&key, super::sweep::monotonic_seconds())
     };
     let ours = family.flows.get(&key, 0).ok().filter(|flow| flow.side == Side::Front as u8);
-    family.flows.insert(key, flow, 0).context("enter a flow of netfilter's")?;
+    family.enter(key, flow, 0).context("enter a flow of netfilter's")?;
     if let Some(ours) = ours {
         for side in [Side::Forward, Side::Reply] {
             let key = ours.key(side);

@@ -2,7 +2,7 @@
 //!
 //! - [`pins`]: where everything is pinned. - [`programs`]: loads the programs. - [`devices`]: follows the devices by
 //!   netlink, and has [`lb_attach`] put programs on them. - [`sockets`]: puts programs on the cgroup.
-//! - [`tables`]: the maps, typed. - [`fill`]: how full they are. - [`losses`]: says what packets are lost for
+//! - [`tables`]: the maps, typed. - [`presence`]: which of the packets need not be looked up. - [`fill`]: how full they are. - [`losses`]: says what packets are lost for
 //!   want of.
 //! - [`writer`]: writes what [`crate::desired`] wants. - [`sweep`]: ends flows that have timed out.
 //! - [`upgrade`]: takes over from another version. - [`leave`]: goes without cutting connections.
@@ -22,6 +22,7 @@ pub mod losses;
 pub mod netfilter;
 pub mod node_mounts;
 pub mod ports;
+pub mod presence;
 pub mod programs;
 pub mod remove;
 pub mod sockets;

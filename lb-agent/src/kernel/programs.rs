@@ -24,7 +24,7 @@ use tracing::warn;
 pub(crate) static OBJECT: &[u8] = aya::include_bytes_aligned!(concat!(env!("OUT_DIR"), "/lb-ebpf.o"));
 
 /// Every map of the object, all pinned.
-pub(crate) const MAPS: [&str; 29] = [
+pub(crate) const MAPS: [&str; 31] = [
     "LB_FLOW4",
     "LB_FLOW6",
     "LB_FRONT4",
@@ -45,6 +45,8 @@ pub(crate) const MAPS: [&str; 29] = [
     "LB_EPOCH",
     "LB_DEVICE",
     "LB_OVERLAY",
+    "LB_MARK",
+    "LB_PRESENCE",
     "LB_XDP",
     "LB_VTEP",
     "LB_PORTS",

@@ -14,6 +14,7 @@ mod timeouts;
 
 use super::fill::Fill;
 use super::pins::Pins;
+use super::presence::{Marks, Met};
 use super::tables::{Family, NodeAddr, Tables};
 use crate::metrics::{Collector, Kind, Sample};
 use anyhow::{Context as _, Result};
@@ -36,6 +37,9 @@ const EVERY: Duration = Duration::from_secs(10);
 const LOOK_EVERY: Duration = Duration::from_secs(1);
 /// Every so many sweeps entries are looked at whose flow's main entry is gone.
 const ORPHANS_EVERY: u32 = 6;
+/// Sweeps after which all that is attached are this agent's programs, which mark what they enter. The first ones follow each
+/// other at once.
+const ALL_MARK: u32 = 3;
 /// After a sweep, rest for so many times as long as it took: a fifth of a core at most.
 const REST: u32 = 4;
 /// The same while new flows are refused: half a core.
@@ -54,6 +58,8 @@ pub struct Sweeper {
     /// The same tables twice: one is read while the other is changed.
     read: Tables,
     tables: Tables,
+    /// What the programs need not look up.
+    marks: Marks,
     timeouts: Timeouts,
     stats: Arc<Stats>,
     /// Told how much is left.
@@ -139,6 +145,7 @@ impl Sweeper {
         Ok(Self {
             read: Tables::open(pins)?,
             tables,
+            marks: Marks::open(pins)?,
             timeouts,
             stats: Arc::new(stats),
             fill: None,
@@ -189,7 +196,8 @@ impl Sweeper {
         let counted = Counted::read(&self.tables)?;
         let refused = counted.refused > self.counted.refused;
         let full = refused || self.fill(&counted) >= self.alarm;
-        if start < self.not_before || !full && start.duration_since(self.last) < EVERY {
+        let soon = self.rounds < ALL_MARK;
+        if start < self.not_before || !full && !soon && start.duration_since(self.last) < EVERY {
             return Ok(());
         }
         (self.counted, self.last) = (counted, start);
@@ -217,8 +225,10 @@ impl Sweeper {
             early: None,
         };
         self.rounds = self.rounds.wrapping_add(1);
-        let v4 = make_room(&round, early, plenty, &self.read.v4, &mut self.tables.v4)?;
-        let v6 = make_room(&round, early, plenty, &self.read.v6, &mut self.tables.v6)?;
+        let mut met = Met::default();
+        let v4 = make_room(&round, early, plenty, &self.read.v4, &mut self.tables.v4, &mut met)?;
+        let v6 = make_room(&round, early, plenty, &self.read.v6, &mut self.tables.v6, &mut met)?;
+        self.marks.renew(&met, self.rounds >= ALL_MARK)?;
         let affinities = self.end_affinities(now)?;
         debug!(?v4, ?v6, affinities, "swept the flow tables");
         let most = v4.left().max(v6.left()) as u64;
@@ -276,8 +286,9 @@ fn make_room<A: NodeAddr>(
     plenty: u64,
     read: &Family<A>,
     family: &mut Family<A>,
+    met: &mut Met,
 ) -> Result<Swept> {
-    let mut swept = regular.run(read, family)?;
+    let mut swept = regular.run(read, family, met)?;
     let Some(age) = early else { return Ok(swept) };
     for most in [Rank::Unanswered, Rank::Over] {
         // What is in the table counts, not what was refused: that may have been the other family's.
@@ -285,7 +296,7 @@ fn make_room<A: NodeAddr>(
             break;
         }
         let round = Round { orphans: false, mend: false, early: Some(Early { most, age }), ..*regular };
-        let more = round.run(read, family)?;
+        let more = round.run(read, family, met)?;
         swept = Swept {
             ended: swept.ended + more.ended,
             unanswered: swept.unanswered + more.unanswered,

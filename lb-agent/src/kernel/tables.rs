@@ -1,6 +1,7 @@
 //! The pinned maps, typed. The writer and the inspector use the same ones.
 
 use super::pins::Pins;
+use super::presence::Marks;
 use super::syscall;
 use anyhow::{Context as _, Result};
 use aya::Pod;
@@ -23,6 +24,8 @@ pub struct Family<A: NodeAddr> {
     pub flows: HashMap<MapData, FlowKey<A>, Flow<A>>,
     /// The same map again: aya's typed maps do not show theirs.
     flow_map: MapData,
+    /// Of both families' flows.
+    marks: Marks,
     /// Addresses that are served.
     pub frontends: HashMap<MapData, FrontendKey<A>, Frontend>,
     /// The backends of each set, see [`Family::slot`].
@@ -72,13 +75,13 @@ impl Tables {
             v6: Family::open(pins, '6')?,
             affinity: hash(pins, "LB_AFFINITY")?,
             affinity_map: open(pins, "LB_AFFINITY")?,
-            epochs: Array::try_from(Map::Array(open(pins, "LB_EPOCH")?))?,
+            epochs: array(pins, "LB_EPOCH")?,
             devices: hash(pins, "LB_DEVICE")?,
-            ports: Array::try_from(Map::Array(open(pins, "LB_PORTS")?))?,
+            ports: array(pins, "LB_PORTS")?,
             counters: PerCpuArray::try_from(Map::PerCpuArray(open(pins, "LB_COUNT")?))?,
             names: hash(pins, "LB_NAME")?,
-            netns: Array::try_from(Map::Array(open(pins, "LB_NETNS")?))?,
-            stance: Array::try_from(Map::Array(open(pins, "LB_STANCE")?))?,
+            netns: array(pins, "LB_NETNS")?,
+            stance: array(pins, "LB_STANCE")?,
         })
     }
 
@@ -112,16 +115,26 @@ impl<A: NodeAddr> Family<A> {
         Ok(Self {
             flows: hash(pins, &name("LB_FLOW"))?,
             flow_map: open(pins, &name("LB_FLOW"))?,
+            marks: Marks::open(pins)?,
             frontends: hash(pins, &name("LB_FRONT"))?,
             slots: hash(pins, &name("LB_SLOT"))?,
             cidrs: LpmTrie::try_from(Map::LpmTrie(open(pins, &name("LB_CIDR"))?))?,
             sources: LpmTrie::try_from(Map::LpmTrie(open(pins, &name("LB_SOURCE"))?))?,
-            cluster_ips: Array::try_from(Map::Array(open(pins, &name("LB_RANGE"))?))?,
+            cluster_ips: array(pins, &name("LB_RANGE"))?,
         })
     }
 }
 
 impl<A: NodeAddr> Family<A> {
+    /// Enters a flow entry, so that the programs find it. `flags` are those of `bpf_map_update_elem`.
+    ///
+    /// # Errors
+    /// If it is not taken.
+    pub fn enter(&mut self, key: FlowKey<A>, flow: Flow<A>, flags: u64) -> Result<()> {
+        self.marks.mark(&key)?;
+        Ok(self.flows.insert(key, flow, flags)?)
+    }
+
     /// Calls `each` with every flow entry.
     ///
     /// # Errors
@@ -145,7 +158,12 @@ impl<A: NodeAddr> Family<A> {
 /// # Errors
 /// If it is not there.
 pub fn overlay_port(pins: &Pins) -> Result<Array<MapData, NetPort>> {
-    Ok(Array::try_from(Map::Array(open(pins, "LB_OVERLAY")?))?)
+    array(pins, "LB_OVERLAY")
+}
+
+/// A pinned array.
+pub(super) fn array<V: Pod>(pins: &Pins, name: &str) -> Result<Array<MapData, V>> {
+    Array::try_from(Map::Array(open(pins, name)?)).with_context(|| format!("the pinned map {name}"))
 }
 
 fn open(pins: &Pins, name: &str) -> Result<MapData> {

@@ -33,7 +33,8 @@ fn whole<A: Wire, P: Packet, K: Tables<A>>(packet: &mut P, kernel: &K, headers: 
     if overlay::carries(kernel, headers, headers.key.src) {
         return Verdict::Leave;
     }
-    let mut found = kernel.flow(&headers.key);
+    let may_be_known = kernel.may_have_flows(&headers.key);
+    let mut found = if may_be_known { kernel.flow(&headers.key) } else { None };
     if let Some(entry) = &found
         && let Some(verdict) = known(packet, kernel, headers, entry)
     {
@@ -49,7 +50,7 @@ fn whole<A: Wire, P: Packet, K: Tables<A>>(packet: &mut P, kernel: &K, headers: 
     }
     let entry = match found {
         Some(entry) => entry,
-        None => match missing(kernel, headers) {
+        None => match if may_be_known { missing(kernel, headers) } else { UNKNOWN } {
             REPAIRED => match kernel.flow(&headers.key) {
                 Some(entry) => entry,
                 None => return Verdict::Pass,

@@ -34,7 +34,9 @@ fn whole<A: Wire, P: Packet, K: Tables<A>>(packet: &mut P, kernel: &K, headers: 
     if overlay::carries(kernel, headers, headers.key.dst) {
         return Verdict::Leave;
     }
-    if let Some(entry) = kernel.flow(&headers.key) {
+    if kernel.may_have_flows(&headers.key)
+        && let Some(entry) = kernel.flow(&headers.key)
+    {
         match known(kernel, headers, &entry) {
             Known::Translate => return redirect::request(packet, kernel, headers, entry.get()),
             Known::Reply => return redirect::reply(packet, kernel, headers, &entry),

@@ -335,6 +335,8 @@ pub trait Tables<A: Addr>: Kernel + Flows<A> {
     fn remember(&self, forward: &FlowKey<A>);
     /// The flow that will be forgotten after so many more.
     fn old_flow(&self, after: u32) -> Option<&FlowKey<A>>;
+    /// Whether there may be an entry between those two addresses, in either direction. What is entered is found from then on.
+    fn may_have_flows(&self, key: &FlowKey<A>) -> bool;
     /// Removes a flow entry if it is there.
     fn remove_flow(&self, key: &FlowKey<A>);
     /// Looks a frontend up.

@@ -53,6 +53,8 @@ type Entry<A> = Box<UnsafeCell<Flow<A>>>;
 #[derive(Default)]
 pub(crate) struct Family<A: 'static> {
     flows: RefCell<HashMap<FlowKey<A>, Entry<A>>>,
+    /// How many entries there are of each mark.
+    marks: RefCell<HashMap<u32, usize>>,
     /// Entries that were removed while a program runs: RCU keeps them readable.
     removed: RefCell<Vec<Entry<A>>>,
     pub(crate) frontends: HashMap<FrontendKey<A>, Frontend>,
@@ -82,12 +84,18 @@ impl<A: Fam> Family<A> {
     /// Enters a flow entry as user space does.
     pub(crate) fn enter(&self, key: FlowKey<A>, flow: Flow<A>) {
         let old = self.flows.borrow_mut().insert(key, Box::new(UnsafeCell::new(flow)));
+        if old.is_none() {
+            *self.marks.borrow_mut().entry(key.mark()).or_default() += 1;
+        }
         self.removed.borrow_mut().extend(old);
     }
 
     /// Takes one flow entry away.
     pub(crate) fn lose(&self, key: &FlowKey<A>) {
         let entry = self.flows.borrow_mut().remove(key);
+        if entry.is_some() {
+            *self.marks.borrow_mut().entry(key.mark()).or_default() -= 1;
+        }
         self.removed.borrow_mut().extend(entry);
     }
 }
@@ -391,14 +399,13 @@ impl<A: Fam> Flows<A> for World {
 
     fn put_flow(&self, key: &FlowKey<A>, flow: &Flow<A>, how: Put) -> Result<(), PutError> {
         let family = A::of(self);
-        let mut flows = family.flows.borrow_mut();
-        match (flows.contains_key(key), how) {
+        let (there, entries) = (family.flows.borrow().contains_key(key), family.flows.borrow().len());
+        match (there, how) {
             (true, Put::New) => return Err(PutError::Taken),
-            (false, _) if flows.len() >= self.capacity => return Err(PutError::Full),
+            (false, _) if entries >= self.capacity => return Err(PutError::Full),
             _ => {}
         }
-        let old = flows.insert(*key, Box::new(UnsafeCell::new(*flow)));
-        family.removed.borrow_mut().extend(old);
+        family.enter(*key, *flow);
         Ok(())
     }
 }
@@ -407,6 +414,11 @@ impl<A: Fam> Tables<A> for World {
     fn draft(&self) -> Option<FlowRef<'_, A>> {
         // SAFETY: boxed, and only one program runs.
         NonNull::new(A::of(self).draft.get()).map(|at| unsafe { FlowRef::new(at) })
+    }
+
+    fn may_have_flows(&self, key: &FlowKey<A>) -> bool {
+        // As with marks of which none is old: the least that programs may be told.
+        A::of(self).marks.borrow().get(&key.mark()).is_some_and(|entries| *entries > 0)
     }
 
     fn remember(&self, forward: &FlowKey<A>) {

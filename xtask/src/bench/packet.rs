@@ -25,6 +25,8 @@ pub(super) enum Who {
     Node,
     /// A host outside the cluster.
     Outside,
+    /// A pod, on another node, that uses no Service, and is not in any's.
+    Stranger,
 }
 
 /// One end of a packet.
@@ -60,6 +62,7 @@ impl Family for Ip4 {
             Who::Backend => Ipv4Addr::new(10, 244, 1, 11),
             Who::Node => Ipv4Addr::new(172, 18, 0, 11),
             Who::Outside => Ipv4Addr::new(198, 51, 100, 10),
+            Who::Stranger => Ipv4Addr::new(10, 244, 2, 12),
         }
         .into()
     }
@@ -79,6 +82,7 @@ impl Family for Ip6 {
             Who::Backend => Ipv6Addr::new(0xfd00, 0x10, 0x244, 1, 0, 0, 0, 0x11),
             Who::Node => Ipv6Addr::new(0xfd00, 0x172, 0x18, 0, 0, 0, 0, 0x11),
             Who::Outside => Ipv6Addr::new(0x2001, 0xdb8, 2, 0, 0, 0, 0, 0x10),
+            Who::Stranger => Ipv6Addr::new(0xfd00, 0x10, 0x244, 2, 0, 0, 0, 0x12),
         }
         .into()
     }

@@ -1,6 +1,7 @@
 //! One way through a flow table.
 
 use super::timeouts::{Rank, Seen, Timeouts, may_be_spared};
+use crate::kernel::presence::Met;
 use crate::kernel::tables::{Family, NodeAddr};
 use crate::model::Protocol;
 use anyhow::Result;
@@ -78,10 +79,16 @@ impl Swept {
 impl Round<'_> {
     /// Goes through the table in the kernel's batches. `read` and `family` are the same tables: what a batch holds is a
     /// copy, and the kernel's position in the table is a bucket, so what is removed meanwhile does not disturb.
-    pub(super) fn run<A: NodeAddr>(&self, read: &Family<A>, family: &mut Family<A>) -> Result<Swept> {
+    pub(super) fn run<A: NodeAddr>(
+        &self,
+        read: &Family<A>,
+        family: &mut Family<A>,
+        met: &mut Met,
+    ) -> Result<Swept> {
         let mut swept = Swept::default();
         read.for_each_flow(|key, flow| {
             swept.entries += 1;
+            met.add(key);
             if flow.side == Side::Held as u8 {
                 // Whoever held it is gone.
                 swept.removed += usize::from(family.flows.remove(key).is_ok());
@@ -205,7 +212,7 @@ fn mend<A: NodeAddr>(family: &mut Family<A>, forward: &Flow<A>) -> bool {
     let alive = family.flows.get(&forward.key(Side::Forward), 0).is_ok_and(|now| now.same_origin(forward));
     // Nobody knows whether the server had answered: the flow must not look as if it had not.
     let back = Flow { state: Flow::<A>::SEEN, ..forward.as_side(Side::Back) };
-    alive && family.flows.insert(key, back, NOEXIST).is_ok()
+    alive && family.enter(key, back, NOEXIST).is_ok()
 }
 
 /// A packet may have made it in between.

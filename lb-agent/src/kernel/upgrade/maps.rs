@@ -6,12 +6,16 @@ use crate::kernel::pins::Pins;
 use crate::kernel::syscall;
 use anyhow::{Context as _, Result, ensure};
 use aya::maps::{Array, Map, MapData, MapInfo, MapType};
+use bytemuck::{bytes_of, bytes_of_mut};
 use lb_common::layout::ROOM;
+use lb_common::maps::Presence;
 use std::io::{self, ErrorKind};
 use std::os::fd::AsFd as _;
 
 /// The map with the description.
 const LAYOUT: &str = "LB_LAYOUT";
+/// The map that says whether the marks of flows are complete.
+const PRESENCE: &str = "LB_PRESENCE";
 
 /// Writes down what our maps look like.
 pub(crate) fn describe(pins: &Pins) -> Result<()> {
@@ -48,6 +52,20 @@ pub(super) fn set_stance(pins: &Pins, stance: u32) -> Result<()> {
     let map = open(pins, "LB_STANCE")?;
     syscall::update(map.fd().as_fd(), &0u32.to_ne_bytes(), &stance.to_ne_bytes(), syscall::Update::Any)
         .with_context(|| format!("tell the programs of version {} what is theirs", pins.version()))
+}
+
+/// Has a version's programs look up whatever they see, if they would not anyway (see [`Presence`], whose layout is the same in
+/// all versions that have it), until its agent has been through the flow tables.
+pub(super) fn distrust(pins: &Pins) -> Result<()> {
+    if id(pins, PRESENCE).is_none() {
+        return Ok(());
+    }
+    let (map, key) = (open(pins, PRESENCE)?, 0u32.to_ne_bytes());
+    let mut presence = Presence::default();
+    let what = || format!("have the programs of version {} look everything up", pins.version());
+    syscall::lookup(map.fd().as_fd(), &key, bytes_of_mut(&mut presence)).with_context(what)?;
+    presence.complete = 0;
+    syscall::update(map.fd().as_fd(), &key, bytes_of(&presence), syscall::Update::Any).with_context(what)
 }
 
 /// What became of a table's records.

@@ -217,6 +217,8 @@ pub fn finish(pins: &Pins, features: Features) -> Result<Attacher> {
 /// Takes a version off that had begun to take over: what it knows goes back first.
 fn withdraw(front: &Pins, serving: &Pins, features: Features) -> Result<()> {
     maps::set_stance(front, stance::LEAVE)?;
+    // What goes back is not marked.
+    maps::distrust(serving)?;
     let layouts = (maps::described(front)?, maps::described(serving)?);
     let back = Move { from: front, to: serving, layouts: (&layouts.0, &layouts.1), how: Update::Any };
     for pause in [SETTLE, Duration::ZERO] {

@@ -54,6 +54,7 @@ pub(super) struct Case<A> {
 pub(super) fn all<A: Family>() -> Result<Vec<Case<A>>> {
     let client = |port| End(Who::Client, port);
     let node = |port| End(Who::Node, port);
+    let stranger = |port| End(Who::Stranger, port);
     Ok(vec![
         established(REQUEST, "ingress", On::Pod, Side::Front, dnat(client(40001)))?,
         established(
@@ -80,11 +81,26 @@ pub(super) fn all<A: Family>() -> Result<Vec<Case<A>>> {
         )?,
         established(OUT, "egress", On::Uplink, Side::Forward, masqueraded(40006))?,
         established("– reply", "ingress", On::Uplink, Side::Back, masqueraded(40007))?,
-        other("none of ours, TCP", "ingress", On::Pod, client(40008), OUTSIDE)?,
-        other("none of ours, TCP, port as for masquerading", "ingress", On::Uplink, OUTSIDE, client(15000))?,
-        other("none of ours, TCP", "egress", On::Pod, OUTSIDE, client(40009))?,
-        other("none of ours, the node's own", "egress", On::Uplink, node(40010), OUTSIDE)?,
-        other("none of ours, pod to pod", "egress", On::Uplink, client(40011), BACKEND)?,
+        other("none of ours, TCP", "ingress", On::Pod, stranger(40008), OUTSIDE)?,
+        other(
+            "none of ours, TCP, port as for masquerading",
+            "ingress",
+            On::Uplink,
+            OUTSIDE,
+            stranger(15000),
+        )?,
+        other("none of ours, TCP", "egress", On::Pod, OUTSIDE, stranger(40009))?,
+        other("none of ours, the node's own", "egress", On::Uplink, node(40010), stranger(443))?,
+        other("none of ours, pod to pod", "egress", On::Uplink, stranger(40011), BACKEND)?,
+        other("none of ours, between two that have flows, TCP", "ingress", On::Pod, client(40008), OUTSIDE)?,
+        other("none of ours, between two that have flows, TCP", "egress", On::Pod, OUTSIDE, client(40009))?,
+        other(
+            "none of ours, between two that have flows, pod to pod",
+            "egress",
+            On::Uplink,
+            client(40011),
+            BACKEND,
+        )?,
         new("new flow: pod → ClusterIP", REQUEST, ("ingress", On::Pod), End(Who::Vip, 80), (60_000, 60_000))?,
         new(
             "new flow, 8 at a time: pod → ClusterIP",
@@ -133,7 +149,7 @@ fn established<A: Family>(
     let key = flow.key(side);
     let transport = if flow.proto == Transport::Udp.number() { Transport::Udp } else { Transport::Ack };
     let end = |addr: A, port: u16| -> End {
-        let who = [Who::Client, Who::Vip, Who::Backend, Who::Node, Who::Outside];
+        let who = [Who::Client, Who::Vip, Who::Backend, Who::Node, Who::Outside, Who::Stranger];
         let who = who.into_iter().find(|&w| A::of(w) == addr).unwrap_or_else(|| unreachable!("{addr:?}"));
         End(who, port)
     };

@@ -9,7 +9,8 @@ use aya::sys::{BpfHelper, is_helper_supported};
 use aya::{Ebpf, EbpfLoader};
 use lb_common::datapath::Reason;
 use lb_common::maps::{
-    Device, Flow, FlowKey, Frontend, FrontendKey, Slot, SlotGroup, SlotGroupKey, SlotKey, cidr, flags,
+    Device, Flow, FlowKey, Frontend, FrontendKey, Presence, Slot, SlotGroup, SlotGroupKey, SlotKey, cidr,
+    flags,
 };
 
 use super::super::packet::{self, End, Family, Transport, Who};
@@ -196,7 +197,13 @@ impl Loaded {
         for (key, flow) in cases.iter().flat_map(|case| &case.flows) {
             flows.insert(key, flow, 0)?;
         }
-        Ok(())
+        let round = Presence::FIRST;
+        let mut marks: Array<&mut MapData, u32> = map(&mut self.0, "LB_MARK")?.try_into()?;
+        for (key, _) in cases.iter().flat_map(|case| &case.flows) {
+            marks.set(key.mark(), round, 0)?;
+        }
+        let mut presence: Array<&mut MapData, Presence> = map(&mut self.0, "LB_PRESENCE")?.try_into()?;
+        Ok(presence.set(0, Presence { complete: 1, round }, 0)?)
     }
 
     fn device(&mut self, on: On) -> Result<()> {
