@@ -272,7 +272,8 @@ pub(crate) fn flow<'a, A: Maps>(key: &FlowKey<A>) -> Option<FlowRef<'a, A>> {
     at.and_then(NonNull::new).map(|at| unsafe { FlowRef::new(at) })
 }
 
-#[inline(always)]
+/// A function of its own: the hooks' stack is full.
+#[inline(never)]
 pub(crate) fn may_have_flows<A: Maps>(key: &FlowKey<A>) -> bool {
     match (LB_PRESENCE.get(0), LB_MARK.get(key.mark())) {
         (Some(presence), Some(mark)) => presence.may_be(*mark),

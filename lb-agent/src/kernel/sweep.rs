@@ -37,9 +37,10 @@ const EVERY: Duration = Duration::from_secs(10);
 const LOOK_EVERY: Duration = Duration::from_secs(1);
 /// Every so many sweeps entries are looked at whose flow's main entry is gone.
 const ORPHANS_EVERY: u32 = 6;
-/// Sweeps after which all that is attached are this agent's programs, which mark what they enter. The first ones follow each
-/// other at once.
+/// Sweeps after which all that is attached are this agent's programs, which mark what they enter: [`Marks::renew`].
 const ALL_MARK: u32 = 3;
+/// Time between these.
+const SOON: Duration = Duration::from_millis(500);
 /// After a sweep, rest for so many times as long as it took: a fifth of a core at most.
 const REST: u32 = 4;
 /// The same while new flows are refused: half a core.
@@ -196,8 +197,8 @@ impl Sweeper {
         let counted = Counted::read(&self.tables)?;
         let refused = counted.refused > self.counted.refused;
         let full = refused || self.fill(&counted) >= self.alarm;
-        let soon = self.rounds < ALL_MARK;
-        if start < self.not_before || !full && !soon && start.duration_since(self.last) < EVERY {
+        let every = if self.rounds < ALL_MARK { SOON } else { EVERY };
+        if start < self.not_before || !full && start.duration_since(self.last) < every {
             return Ok(());
         }
         (self.counted, self.last) = (counted, start);

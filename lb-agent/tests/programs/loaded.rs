@@ -11,7 +11,7 @@ use lb_agent::kernel::programs::{Features, held_places};
 use lb_common::addr::{Ip4, Ip6};
 use lb_common::datapath::Reason;
 use lb_common::maps::{
-    Device, Flow, FlowKey, Frontend, FrontendKey, Range, SlotGroup, SlotGroupKey, SourceKey, flags,
+    Device, Flow, FlowKey, Frontend, FrontendKey, Presence, Range, SlotGroup, SlotGroupKey, SourceKey, flags,
 };
 use nix::sched::{CloneFlags, unshare};
 use std::collections::HashMap as StdMap;
@@ -29,6 +29,8 @@ pub(crate) struct Loaded {
     device: HashMap<MapData, u32, Device>,
     epochs: Array<MapData, u32>,
     counters: PerCpuArray<MapData, u64>,
+    presence: Array<MapData, Presence>,
+    marks: Array<MapData, u32>,
     v4: HashMap<MapData, FlowKey<Ip4>, Flow<Ip4>>,
     v6: HashMap<MapData, FlowKey<Ip6>, Flow<Ip6>>,
 }
@@ -69,7 +71,12 @@ impl Loaded {
             let bits = ports.get(&word, 0).expect("read the ports");
             ports.set(word, bits | 1 << (port & 63), 0).expect("reserve a port");
         }
+        // As after a sweep of an empty table: what the programs enter themselves is found, and nothing else.
+        let mut presence: Array<MapData, Presence> = typed(take(&mut ebpf, "LB_PRESENCE"));
+        presence.set(0, Presence { complete: 1, round: Presence::FIRST }, 0).expect("have marks count");
         let mut loaded = Self {
+            presence,
+            marks: typed(take(&mut ebpf, "LB_MARK")),
             devices: world.devices.clone(),
             programs,
             device: typed(take(&mut ebpf, "LB_DEVICE")),
@@ -109,6 +116,23 @@ impl Loaded {
 
     pub(crate) fn lose6(&mut self, key: &FlowKey<Ip6>) {
         self.v6.remove(key).expect("an entry to lose");
+    }
+
+    /// Begins another round of marks, as a sweep does that has met those entries.
+    pub(crate) fn renew(&mut self, met: &[FlowKey<Ip4>]) {
+        let round = self.presence.get(&0, 0).expect("read the round").round;
+        for key in met {
+            self.marks.set(key.mark(), round, 0).expect("mark an entry");
+        }
+        self.presence.set(0, Presence { complete: 1, round: round + 1 }, 0).expect("begin a round");
+    }
+
+    /// Whether the marks count at all.
+    pub(crate) fn trust(&mut self, complete: bool) {
+        let round = self.presence.get(&0, 0).expect("read the round").round;
+        self.presence
+            .set(0, Presence { complete: complete.into(), round }, 0)
+            .expect("have marks count or not");
     }
 
     /// As if nothing had been sent yet: loading anew takes a second.

@@ -312,3 +312,32 @@ fn a_udp_flow_leaves_a_backend_that_is_gone_and_a_closed_port_starts_again() {
     send(&mut loaded, L4::Tcp(SYN));
     assert_eq!(loaded.counter(Reason::NewFlow), 5);
 }
+
+/// What is not marked is not looked up, and what is there is marked.
+#[test]
+fn only_marked_pairs_of_addresses_are_looked_up() {
+    let mut loaded = Loaded::new(&node());
+    let path = paths(false).into_iter().find(|path| path.vip != path.backend).expect("a path to a Service");
+    let mut conversation = Talk::new(&path, L4::Tcp(SYN), false);
+    talk(&mut loaded, &mut conversation);
+    let entries: Vec<_> = loaded.flows4().into_keys().collect();
+    let mut answered = |loaded: &mut Loaded| {
+        conversation.send(loaded, Way::Reply, L4::Tcp(ACK), b"a reply").is_ok()
+            && conversation.send(loaded, Way::Forward, L4::Tcp(ACK), b"and on").is_ok()
+    };
+    // Entered in a round, an entry is found in the two after it, and then for as long as it is met.
+    for _ in 0..2 {
+        loaded.renew(&[]);
+        assert!(answered(&mut loaded));
+    }
+    for _ in 0..4 {
+        loaded.renew(&entries);
+        assert!(answered(&mut loaded));
+    }
+    for _ in 0..2 {
+        loaded.renew(&[]);
+    }
+    assert!(!answered(&mut loaded), "it is looked up although nothing says that it is there");
+    loaded.trust(false);
+    assert!(answered(&mut loaded));
+}

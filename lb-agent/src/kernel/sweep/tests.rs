@@ -3,7 +3,7 @@
 use super::*;
 use crate::kernel::testing::Bpffs;
 use lb_common::addr::{Ip4, Ip6, NetPort};
-use lb_common::maps::{Addr, Flow, Side};
+use lb_common::maps::{Addr, Flow, Presence, Side};
 use std::collections::BTreeSet;
 
 const SEEN: u8 = Flow::<Ip4>::SEEN;
@@ -244,4 +244,58 @@ fn a_straight_flow_keeps_the_entry_that_it_is_found_by() {
         site.sweeper.sweep(NOW, None).expect("sweep");
     }
     assert_eq!(site.left(), BTreeSet::new());
+}
+
+/// What the programs are told about the pair of addresses of a flow.
+fn may_be(site: &Site, flow: &Flow<Ip4>, side: Side) -> bool {
+    let array = |name| aya::maps::MapData::from_pin(site.bpffs.pins.map(name)).map(aya::maps::Map::Array);
+    let marks = aya::maps::Array::<_, u32>::try_from(array("LB_MARK").expect("the marks")).expect("marks");
+    let presence = array("LB_PRESENCE").expect("which marks count");
+    let presence = aya::maps::Array::<_, Presence>::try_from(presence).expect("which marks count");
+    let mark = marks.get(&flow.key(side).mark(), 0).expect("a mark");
+    presence.get(&0, 0).expect("which marks count").may_be(mark)
+}
+
+#[test]
+fn the_programs_need_not_look_up_what_no_sweep_has_met() {
+    let mut site = Site::new();
+    let addr = |last| std::net::Ipv4Addr::new(10, 0, 0, last).into();
+    let between = |client, backend| Flow::<Ip4> {
+        client: addr(client),
+        vip: addr(200),
+        backend: addr(backend),
+        masq: addr(201),
+        ..flow(6, 7, DNAT | MASQ)
+    };
+    let (there, gone, never) = (between(1, 2), between(3, 4), between(5, 6));
+    let sides = [Side::Front, Side::Forward, Side::Back, Side::Reply];
+    site.sweeper.marks.distrust().expect("a new agent's programs come");
+    put(site.v4(), &there, (SEEN, SEEN), 0);
+    for _ in 1..ALL_MARK {
+        site.sweeper.sweep(NOW, None).expect("sweep");
+        assert!(may_be(&site, &never, Side::Forward), "there may be programs that do not mark");
+    }
+    // The programs' own come by `Family::enter`'s rule.
+    for side in sides {
+        let entry = Flow { state: SEEN, last_seen: NOW, ..gone.as_side(side) };
+        site.v4().enter(gone.key(side), entry, 0).expect("room");
+    }
+    for _ in 0..4 {
+        site.sweeper.sweep(NOW, None).expect("sweep");
+        for side in sides {
+            assert!(may_be(&site, &there, side) && may_be(&site, &gone, side), "{side:?}");
+        }
+        assert!(!may_be(&site, &never, Side::Forward));
+    }
+    for side in sides {
+        site.v4().flows.remove(&gone.key(side)).expect("it was there");
+    }
+    // Its marks still count in the two rounds after the last one that met it.
+    for round in 1..=4 {
+        site.sweeper.sweep(NOW, None).expect("sweep");
+        assert_eq!(may_be(&site, &gone, Side::Forward), round < 2, "{round}");
+        assert!(may_be(&site, &there, Side::Reply));
+    }
+    site.sweeper.marks.distrust().expect("another agent comes");
+    assert!(may_be(&site, &never, Side::Forward));
 }
