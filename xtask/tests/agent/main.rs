@@ -21,6 +21,7 @@ mod masquerade;
 mod monitoring;
 mod neighbours;
 mod node_ports;
+mod overlay;
 mod paths;
 mod redirect;
 mod refusals;

@@ -33,7 +33,7 @@ fn leaving(capture: &Capture) -> Result<BTreeMap<(SocketAddr, SocketAddr), usize
 }
 
 /// How many packets left by a device, or came in.
-fn passing(capture: &Capture, out: bool) -> Result<BTreeMap<(SocketAddr, SocketAddr), usize>> {
+pub(crate) fn passing(capture: &Capture, out: bool) -> Result<BTreeMap<(SocketAddr, SocketAddr), usize>> {
     let mut seen = BTreeMap::new();
     for packet in capture.packets()?.into_iter().filter(|packet| packet.out == out) {
         let Ok(sliced) = SlicedPacket::from_ip(&packet.bytes) else { continue };

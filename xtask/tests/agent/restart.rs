@@ -74,7 +74,7 @@ struct Pinned {
     links: BTreeMap<String, (u32, u32)>,
 }
 
-fn maps_dir(node: &Host) -> PathBuf {
+pub(crate) fn maps_dir(node: &Host) -> PathBuf {
     node.bpffs_dir().join(format!("lb/v{}/maps", lb_common::maps::VERSION))
 }
 
