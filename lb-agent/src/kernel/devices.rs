@@ -51,6 +51,8 @@ pub struct Devices {
     looked: Option<Instant>,
     /// The overlays' port that the programs know.
     overlay_port: Option<NetPort>,
+    /// That they cannot be told it has been said.
+    overlay_port_failed: bool,
     stats: Stats,
 }
 
@@ -58,7 +60,8 @@ impl Devices {
     /// A manager that attaches what is pinned, and keeps `stats` of it.
     pub fn new(attacher: Attacher, xdp: Option<Xdp>, pins: Pins, args: RunArgs, stats: Stats) -> Self {
         let attached = BTreeMap::new();
-        Self { attacher, xdp, pins, args, attached, looked: None, overlay_port: None, stats }
+        let (looked, overlay_port, overlay_port_failed) = (None, None, false);
+        Self { attacher, xdp, pins, args, attached, looked, overlay_port, overlay_port_failed, stats }
     }
 
     /// Follows the devices until the receiver of the addresses is gone.
@@ -134,8 +137,16 @@ impl Devices {
             }
         }
         self.stats.set(counts);
-        let overlays = wanted.values().filter(|(_, role)| *role == Role::Overlay);
-        self.tell_overlay_port(overlays.map(|(link, _)| *link).find_map(|link| link.vxlan.as_ref()))?;
+        let mut overlays = wanted.values().filter(|(_, role)| *role == Role::Overlay);
+        let told = self.tell_overlay_port(overlays.find_map(|(link, _)| link.vxlan.as_ref()));
+        // Only a short cut: without it, packets take the way of all others.
+        let failed = told.is_err();
+        if let Err(error) = told
+            && !self.overlay_port_failed
+        {
+            warn!("tell the programs the overlays' port: {error:#}; trying again");
+        }
+        self.overlay_port_failed = failed;
         let known: BTreeSet<u32> = self.attached.keys().copied().collect();
         // Also what a former agent or a plugin attached: to devices that vanished since, or that are not to be served.
         let served = if look { &served | &known } else { known };
@@ -164,9 +175,7 @@ impl Devices {
     fn tell_overlay_port(&mut self, overlay: Option<&Vxlan>) -> Result<()> {
         let port = NetPort::new(overlay.map_or(0, |overlay| overlay.port));
         if self.overlay_port != Some(port) {
-            tables::overlay_port(&self.pins)?
-                .set(0, port, 0)
-                .context("tell the programs the overlays' port")?;
+            tables::overlay_port(&self.pins)?.set(0, port, 0).context("write the map")?;
             self.overlay_port = Some(port);
         }
         Ok(())

@@ -10,7 +10,8 @@ use xtask::demo::Cluster;
 use xtask::lab::Host;
 use xtask::probe::{Ask, Ping};
 
-use super::support::{SOON, answered, cluster, eventually, named_slice, web};
+use super::restart::maps_dir;
+use super::support::{SOON, answered, cluster, eventually, ip, log, named_slice, web};
 
 /// What a new pod may have to wait for the agent, programs' start and a busy machine included.
 const A_SECOND: Duration = Duration::from_secs(1);
@@ -102,6 +103,27 @@ fn add_address(host: &Host, device: &'static str, ip: IpAddr, prefix: u8) -> Res
             handle.address().add(index, ip, prefix).execute().await.context("adding an address")
         })
     })?
+}
+
+/// What the programs are not told only makes them slower: the rest goes on, and it is said once.
+#[test]
+fn new_addresses_count_though_the_overlays_port_cannot_be_told() -> Result<()> {
+    let cluster = cluster("untold")?;
+    let (node, client) = (cluster.lab().node(0), cluster.lab().client());
+    std::fs::remove_file(maps_dir(node).join("LB_OVERLAY"))?;
+    for overlay in ["flannel.1", "flannel-v6.1"] {
+        ip(node, &["link", "delete", overlay])?;
+    }
+    for new in ["172.18.0.111", "172.18.0.112"] {
+        let new: IpAddr = new.parse()?;
+        add_address(node, "eth0", new, 24)?;
+        // Two of three endpoints are on the node.
+        let ask = Ask::tcp(SocketAddr::new(new, 30080)).timeout(Duration::from_millis(500));
+        eventually(Duration::from_secs(4), || answered(client, &ask).map(drop))?;
+    }
+    let said = log(node).matches("tell the programs the overlays' port").count();
+    ensure!(said == 1, "said {said} times:\n{}", log(node));
+    Ok(())
 }
 
 #[test]
