@@ -149,7 +149,11 @@ impl Drop for Agent {
 /// Leaves the program to be started with what `manifests/base` gives to the agent's container: root may do more, and
 /// what takes more is not to be found out in a cluster.
 fn keep_capabilities() -> std::io::Result<()> {
-    const KEPT: [libc::c_ulong; 3] = [12, 38, 39]; // NET_ADMIN, PERFMON, BPF
+    // Of linux/capability.h, which neither `libc` nor `nix` has.
+    const CAP_NET_ADMIN: libc::c_ulong = 12;
+    const CAP_PERFMON: libc::c_ulong = 38;
+    const CAP_BPF: libc::c_ulong = 39;
+    const KEPT: [libc::c_ulong; 3] = [CAP_NET_ADMIN, CAP_PERFMON, CAP_BPF];
     for capability in (0..64).filter(|capability| !KEPT.contains(capability)) {
         // SAFETY: numbers only. Those that this kernel does not know are refused.
         let result = unsafe { libc::prctl(libc::PR_CAPBSET_DROP, capability, 0, 0, 0) };

@@ -65,10 +65,15 @@ fn each_way(way: impl Fn(Pins, bool) + Sync) {
     }
 }
 
-/// Those of `manifests/base`: NET_ADMIN, PERFMON, BPF.
+/// Those of `manifests/base`.
 fn keep_the_agents_capabilities() {
-    const KEPT: u64 = 1 << 12 | 1 << 38 | 1 << 39;
-    let header: [u32; 2] = [0x2008_0522, 0]; // version 3, this thread
+    // Of linux/capability.h, which neither `libc` nor `nix` has.
+    const CAP_NET_ADMIN: u32 = 12;
+    const CAP_PERFMON: u32 = 38;
+    const CAP_BPF: u32 = 39;
+    const LINUX_CAPABILITY_VERSION_3: u32 = 0x2008_0522;
+    const KEPT: u64 = 1 << CAP_NET_ADMIN | 1 << CAP_PERFMON | 1 << CAP_BPF;
+    let header: [u32; 2] = [LINUX_CAPABILITY_VERSION_3, 0]; // this thread
     let (low, high) = (KEPT as u32, (KEPT >> 32) as u32);
     // Effective, permitted, inheritable: of the lower 32, then of the others.
     let sets: [u32; 6] = [low, low, 0, high, high, 0];
