@@ -2,6 +2,16 @@
 //! and what a first list or the kernel's type information take is more than all that is kept. Of the program itself, the
 //! larger part is for starting: what reads flags, loads and verifies programs, and makes a connection safe.
 
+use std::collections::BTreeMap;
+
+/// So many Services at once take memory that is not needed later.
+pub const MANY: usize = 500;
+
+/// Fills the nodes of a tree, for after a large list: appended to, they stay little more than half full.
+pub fn pack<K: Ord, V>(tree: &mut BTreeMap<K, V>) {
+    *tree = std::mem::take(tree).into_iter().collect();
+}
+
 /// To be called after something large, not often: it looks at the whole heap, and what is used of the program has to be
 /// found again.
 pub fn give_back() {

@@ -29,9 +29,6 @@ const GATHER: std::ops::RangeInclusive<Duration> = Duration::from_micros(1500)..
 /// Between attempts to write, doubled at each.
 const RETRY: std::ops::RangeInclusive<Duration> = Duration::from_millis(100)..=Duration::from_secs(5);
 
-/// So many Services at once take memory that is not needed later.
-const MANY: usize = 500;
-
 /// Brings differences into the kernel.
 pub trait Writer: Send {
     /// The frontends that the kernel holds already, left by a former agent.
@@ -244,7 +241,7 @@ impl<W: Writer> Loop<W> {
         }
         let done = std::mem::take(&mut self.pending);
         // Starting is over, too.
-        if first || computed > MANY {
+        if first || computed > memory::MANY {
             memory::give_back();
         }
         self.reports.metrics.synced(took, totals, &done.triggers);

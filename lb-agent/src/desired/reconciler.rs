@@ -1,6 +1,7 @@
 //! From changed Services to the smallest set of writes.
 
 use super::{Config, Host, node_port_addresses, service};
+use crate::memory;
 use crate::model::{EndpointSet, Frontend, FrontendAddr, FrontendKind};
 use crate::store::{ObjectName, Store, Warning};
 use std::collections::btree_map::Entry;
@@ -252,6 +253,7 @@ impl Reconciler {
 
     /// The whole difference is written.
     pub fn committed(&mut self, diff: Diff) {
+        let many = diff.upserts.len() > memory::MANY;
         for address in diff.addresses() {
             self.unknown.remove(&address);
             self.adopted.remove(&address);
@@ -267,6 +269,9 @@ impl Reconciler {
         for (address, frontend) in diff.upserts {
             let written = &mut self.addresses.entry(address).or_default().written;
             self.totals.frontends += usize::from(written.replace(frontend).is_none());
+        }
+        if many {
+            memory::pack(&mut self.addresses);
         }
         // What is still withheld stays pending.
         self.pending.retain(|address| self.adopted.contains(address));

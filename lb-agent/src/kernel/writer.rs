@@ -14,6 +14,7 @@ mod tests;
 
 use super::fill::Fill;
 use super::tables::{NodeAddr, Tables};
+use crate::memory;
 use crate::model::{self, EndpointSet, FrontendAddr, FrontendKind, Protocol};
 use crate::store::{LocalAddresses, Node};
 use crate::sync::{Diff, Writer};
@@ -352,6 +353,9 @@ impl Writer for MapWriter {
             Some(first) if count > 1 => Err(first.context(format!("{count} failures, the first"))),
             Some(only) => Err(only),
         };
+        if diff.upserts.len() > memory::MANY {
+            self.sets.pack();
+        }
         self.count();
         result
     }

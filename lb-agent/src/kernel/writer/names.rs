@@ -11,8 +11,8 @@ use std::collections::HashMap;
 #[derive(Debug, Default)]
 pub(super) struct Names {
     ids: HashMap<ServicePort, u32>,
-    /// By id: the name and how many frontends use it.
-    held: HashMap<u32, (ServicePort, u32)>,
+    /// How many frontends use an id. Whose it is, is in the map, and read there when it is needed.
+    held: HashMap<u32, u32>,
     last: u32,
 }
 
@@ -24,8 +24,8 @@ impl Names {
             let (id, name) = entry.context("read the names")?;
             let service = read(&name);
             self.last = self.last.max(id);
-            self.ids.insert(service.clone(), id);
-            self.held.insert(id, (service, 0));
+            self.ids.insert(service, id);
+            self.held.insert(id, 0);
         }
         Ok(())
     }
@@ -40,13 +40,13 @@ impl Names {
         map.insert(id, write(service), 0).with_context(|| format!("write the name of {service}"))?;
         self.last = id;
         self.ids.insert(service.clone(), id);
-        self.held.insert(id, (service.clone(), 0));
+        self.held.insert(id, 0);
         Ok(id)
     }
 
     /// Removes names that a killed agent left behind, once all that are used are held.
     pub(super) fn drop_orphans(&mut self, map: &mut Map) -> Result<()> {
-        let orphans: Vec<_> = self.held.iter().filter(|(_, (_, n))| *n == 0).map(|(id, _)| *id).collect();
+        let orphans: Vec<_> = self.held.iter().filter(|(_, n)| **n == 0).map(|(id, _)| *id).collect();
         orphans.into_iter().try_for_each(|id| self.drop_if_unused(map, id).map(drop))
     }
 
@@ -61,25 +61,32 @@ impl Names {
 
     /// Removes the name if nobody holds it. Whether it is gone.
     pub(super) fn drop_if_unused(&mut self, map: &mut Map, id: u32) -> Result<bool> {
-        if self.held.get(&id).is_none_or(|(_, count)| *count > 0) {
+        if self.held.get(&id).is_none_or(|count| *count > 0) {
             return Ok(false);
         }
-        if let Some((service, _)) = self.held.remove(&id) {
-            self.ids.remove(&service);
-            gone(map.remove(&id)).with_context(|| format!("delete the name of {service}"))?;
+        self.held.remove(&id);
+        let written = map.get(&id, 0).map(|name| read(&name));
+        match &written {
+            Ok(service) if self.ids.get(service) == Some(&id) => drop(self.ids.remove(service)),
+            // Somebody else has removed it, or it was too long for the map.
+            _ => self.ids.retain(|_, other| *other != id),
         }
+        gone(map.remove(&id)).with_context(|| match &written {
+            Ok(service) => format!("delete the name of {service}"),
+            Err(_) => format!("delete the name of the Service port {id}"),
+        })?;
         Ok(true)
     }
 
     pub(super) fn hold(&mut self, id: u32) {
-        if let Some((_, count)) = self.held.get_mut(&id) {
+        if let Some(count) = self.held.get_mut(&id) {
             *count += 1;
         }
     }
 
     /// Gives back one use of an id; true if it was the last, and the id means nothing any more.
     pub(super) fn release(&mut self, map: &mut Map, id: u32) -> Result<bool> {
-        let Some((_, count)) = self.held.get_mut(&id) else { return Ok(false) };
+        let Some(count) = self.held.get_mut(&id) else { return Ok(false) };
         *count = count.saturating_sub(1);
         self.drop_if_unused(map, id)
     }

@@ -2,6 +2,7 @@
 
 use super::{NO_SET, addr, gone};
 use crate::kernel::tables::{NodeAddr, Tables, socket_addr};
+use crate::memory;
 use crate::model::{Endpoint, EndpointSet, FrontendAddr};
 use anyhow::{Context as _, Result, bail};
 use lb_common::addr::{Ip4, Ip6, NetPort};
@@ -53,6 +54,11 @@ impl Sets {
     /// How many entries the family's slot table has.
     pub(super) fn groups<A: NodeAddr>(&self) -> usize {
         self.groups[usize::from(!A::IS_V4)]
+    }
+
+    /// Takes less memory, after many new ones.
+    pub(super) fn pack(&mut self) {
+        memory::pack(&mut self.held);
     }
 
     /// How many UDP backends there are.
