@@ -186,6 +186,7 @@ impl Loaded {
         for (group, value) in groups {
             slots.insert(SlotGroupKey { set: set.id, group }, value, 0)?;
         }
+        self.mark(cases)?;
         self.reset(cases)
     }
 
@@ -197,6 +198,11 @@ impl Loaded {
         for (key, flow) in cases.iter().flat_map(|case| &case.flows) {
             flows.insert(key, flow, 0)?;
         }
+        Ok(())
+    }
+
+    /// As the sweep does that has met the cases' flows.
+    fn mark<A: Family>(&mut self, cases: &[Case<A>]) -> Result<()> {
         let round = Presence::FIRST;
         let mut marks: Array<&mut MapData, u32> = map(&mut self.0, "LB_MARK")?.try_into()?;
         for (key, _) in cases.iter().flat_map(|case| &case.flows) {
