@@ -47,7 +47,7 @@ impl Marks {
     ///
     /// # Errors
     /// If it cannot be written. The round goes on then.
-    pub(super) fn renew(&mut self, met: &Met, complete: bool) -> Result<()> {
+    pub fn renew(&mut self, met: &Met, complete: bool) -> Result<()> {
         let round = self.presence()?.round;
         for place in met.places() {
             self.marks.set(place, round, 0).context("mark the flows")?;
@@ -66,10 +66,11 @@ impl Marks {
 
 /// The marks of all entries of a table, or of several.
 #[derive(Clone, Debug)]
-pub(super) struct Met(Vec<u64>);
+pub struct Met(Vec<u64>);
 
 impl Met {
-    pub(super) fn add<A: NodeAddr>(&mut self, key: &FlowKey<A>) {
+    /// An entry with that key was met.
+    pub fn add<A: NodeAddr>(&mut self, key: &FlowKey<A>) {
         let place = key.mark();
         self.0[(place / WORD) as usize] |= 1 << (place % WORD);
     }
