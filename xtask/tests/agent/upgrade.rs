@@ -123,7 +123,7 @@ fn agents_of_both_versions_that_are_killed_at_any_moment_cut_nothing() -> Result
         for life in [first, second] {
             let before = taking_over();
             cluster.begin_agent(0)?;
-            eventually(Duration::from_secs(15), || {
+            eventually(PATIENCE, || {
                 let begun = node.bpffs_dir().join("lb/front/egress").exists() && taking_over() > before;
                 ensure!(begun || only(&node, VERSION + 1).is_ok(), "it does not begin:\n{}", log(&node));
                 Ok(())
