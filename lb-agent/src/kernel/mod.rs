@@ -2,8 +2,8 @@
 //!
 //! - [`pins`]: where everything is pinned. - [`programs`]: loads the programs. - [`devices`]: follows the devices by
 //!   netlink, and has [`lb_attach`] put programs on them. - [`sockets`]: puts programs on the cgroup.
-//! - [`tables`]: the maps, typed. - [`presence`]: which of the packets need not be looked up. - [`fill`]: how full they are. - [`losses`]: says what packets are lost for
-//!   want of.
+//! - [`tables`]: the maps, typed. - [`presence`]: which packets need not be looked up. - [`fill`]: how full they are.
+//! - [`losses`]: says what packets are lost for want of.
 //! - [`writer`]: writes what [`crate::desired`] wants. - [`sweep`]: ends flows that have timed out.
 //! - [`upgrade`]: takes over from another version. - [`leave`]: goes without cutting connections.
 //! - [`destroy`]: ends connected UDP sockets whose backend is gone. - [`foreign`]: leaves to netfilter what it translated
