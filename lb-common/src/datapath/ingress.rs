@@ -72,7 +72,7 @@ pub(super) fn begins_here<A: Addr, K: Kernel>(kernel: &K, headers: &Headers<A>) 
 pub(super) fn leaves_here<A: Addr, K: Kernel>(kernel: &K, headers: &Headers<A>) -> bool {
     match kernel.stance() {
         stance::SERVE => true,
-        stance::BEGIN | stance::ADOPT => matches!(headers.kind, Kind::Tcp(_)) && headers.starts_flow(),
+        stance::BEGIN | stance::ADOPT => headers.is_syn(),
         _ => false,
     }
 }
@@ -132,7 +132,7 @@ fn known<A: Addr, K: Tables<A>>(kernel: &K, headers: &Headers<A>, entry: &FlowRe
         Some(Side::Forward) => Known::Untouched,
         Some(Side::Reply) => Known::Reply,
         // Netfilter's, as long as the connection lasts, or the backend of the datagrams.
-        Some(Side::Foreign) if matches!(headers.kind, Kind::Tcp(_)) && headers.starts_flow() => Known::Over,
+        Some(Side::Foreign) if headers.is_syn() => Known::Over,
         Some(Side::Foreign) if stale(kernel, flow) => {
             kernel.count(Reason::BackendGone);
             Known::Over
