@@ -2,6 +2,10 @@
 //!
 //! [`crate::desired`] produces it from Kubernetes objects, [`crate::kernel`] writes the difference.
 
+mod endpoints;
+
+pub use endpoints::{Endpoint, Endpoints};
+
 use crate::store::ObjectName;
 use arcstr::ArcStr;
 use ipnet::IpNet;
@@ -92,32 +96,11 @@ impl FrontendAddr {
     }
 }
 
-/// One backend of a frontend. There are more of these than of anything else, and a [`SocketAddr`] is half as large again.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
-pub struct Endpoint {
-    ip: IpAddr,
-    port: u16,
-    /// Whether it runs on this node: then an outside client's address is kept.
-    pub local: bool,
-}
-
-impl Endpoint {
-    /// With address and port that packets are sent on to.
-    pub const fn new(addr: SocketAddr, local: bool) -> Self {
-        Self { ip: addr.ip(), port: addr.port(), local }
-    }
-
-    /// Address and port that packets are sent on to.
-    pub const fn addr(&self) -> SocketAddr {
-        SocketAddr::new(self.ip, self.port)
-    }
-}
-
 /// The endpoints that one class of clients may be sent to.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum EndpointSet {
     /// Non-empty, sorted, no duplicates.
-    Endpoints(Arc<[Endpoint]>),
+    Endpoints(Endpoints),
     /// No endpoint anywhere: TCP reset / ICMP port unreachable.
     Reject,
     /// A `Local` policy without a local endpoint: dropped, so that clients try elsewhere.

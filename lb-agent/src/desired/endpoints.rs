@@ -53,7 +53,7 @@ impl Categorized {
     pub(super) fn lingering(&self, sets: [&EndpointSet; 2]) -> Arc<[SocketAddr]> {
         let in_a_set = |addr: &SocketAddr| {
             sets.into_iter().any(|set| match set {
-                EndpointSet::Endpoints(list) => list.binary_search_by_key(addr, Endpoint::addr).is_ok(),
+                EndpointSet::Endpoints(endpoints) => endpoints.contains(addr),
                 EndpointSet::Reject | EndpointSet::Drop => false,
             })
         };
@@ -93,7 +93,7 @@ fn terminating(endpoint: &Candidate<'_>) -> bool {
 
 fn pick(all: &BTreeMap<SocketAddr, Candidate<'_>>, wanted: impl Fn(&Candidate<'_>) -> bool) -> Vec<Endpoint> {
     let wanted = all.iter().filter(|(_, endpoint)| wanted(endpoint));
-    wanted.map(|(addr, endpoint)| Endpoint::new(*addr, endpoint.local)).collect()
+    wanted.map(|(addr, endpoint)| Endpoint { addr: *addr, local: endpoint.local }).collect()
 }
 
 fn or_else(endpoints: Vec<Endpoint>, others: impl FnOnce() -> Vec<Endpoint>) -> Vec<Endpoint> {
@@ -101,7 +101,7 @@ fn or_else(endpoints: Vec<Endpoint>, others: impl FnOnce() -> Vec<Endpoint>) -> 
 }
 
 fn set(endpoints: Vec<Endpoint>, none: EndpointSet) -> EndpointSet {
-    if endpoints.is_empty() { none } else { EndpointSet::Endpoints(Arc::from(endpoints)) }
+    if endpoints.is_empty() { none } else { EndpointSet::Endpoints(endpoints.into_iter().collect()) }
 }
 
 /// What the hints of a Service port's ready endpoints allow: all of them have hints of a kind and one fits, or that

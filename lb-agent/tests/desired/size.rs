@@ -46,5 +46,5 @@ fn ten_thousand_services_fit() {
     let took = start.elapsed();
     let all = heap_kib() - before;
     println!("store {store} KiB, with the desired state {all} KiB, computed in {took:?}");
-    assert!(all < 12_000, "{all} KiB");
+    assert!(all < 10_500, "{all} KiB");
 }

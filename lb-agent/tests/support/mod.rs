@@ -139,9 +139,9 @@ pub(crate) fn show(address: &FrontendAddr, frontend: &Frontend) -> String {
         EndpointSet::Reject => "reject".to_owned(),
         EndpointSet::Drop => "drop".to_owned(),
         EndpointSet::Endpoints(endpoints) => {
-            assert!(endpoints.is_sorted_by(|a, b| a < b), "sorted, no duplicates: {endpoints:?}");
-            let one = |endpoint: &lb_agent::model::Endpoint| {
-                format!("{}{}", endpoint.addr(), if endpoint.local { "@" } else { "" })
+            assert!(endpoints.iter().is_sorted_by(|a, b| a < b), "sorted, no duplicates: {endpoints:?}");
+            let one = |endpoint: lb_agent::model::Endpoint| {
+                format!("{}{}", endpoint.addr, if endpoint.local { "@" } else { "" })
             };
             assert!(!endpoints.is_empty());
             endpoints.iter().map(one).collect::<Vec<_>>().join(" ")

@@ -16,6 +16,8 @@ const NATIVE: &[&str] = &["--xdp=native"];
 /// NodePorts: the store, whose backend is on n2, and the name server, one of whose backends is.
 const STORE: u16 = 30081;
 const DNS: u16 = 30053;
+/// Of so many, one in 2^40 times none goes to the second of two servers.
+const CONVERSATIONS: usize = 40;
 
 /// The demo with XDP on n1's uplink.
 fn with_xdp(name: &str) -> Result<Cluster> {
@@ -61,14 +63,22 @@ fn all_of_it(cluster: &Cluster) -> Result<()> {
         })?;
         // Each question comes from a port of its own: the first packet of a flow is for the hooks, the answer is not.
         ensure!(packets >= 5.0, "{to}: only {packets} answers");
-        let packets = meanwhile(node, || {
-            // All from one port, so that they go to one server: some of these ask the one on the other node.
-            for _ in 0..8 {
-                answered(client, &Ask::udp(to).keep().count(10))?;
-            }
-            Ok(())
-        })?;
-        ensure!(packets >= 19.0, "{to}: only {packets} packets of conversations");
+        // All from one port, so that they go to one server: until it has been the one on the other node.
+        let far = (0..CONVERSATIONS).find_map(|_| {
+            let conversation = || -> Result<_> {
+                let mut names = Vec::new();
+                let packets = meanwhile(node, || {
+                    names = answered(client, &Ask::udp(to).keep().count(10))?;
+                    Ok(())
+                })?;
+                Ok(names.iter().all(|name| name == "dns-2").then_some(packets))
+            };
+            conversation().transpose()
+        });
+        let packets =
+            far.with_context(|| format!("{to}: none of {CONVERSATIONS} went to the other node"))??;
+        // The first question is for the hooks.
+        ensure!(packets >= 19.0, "{to}: only {packets} packets of a conversation");
     }
     Ok(())
 }

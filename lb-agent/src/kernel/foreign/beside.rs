@@ -90,7 +90,7 @@ impl<W> Beside<W> {
 /// What the addresses will be served by.
 fn endpoints(diff: &Diff, new: &HashSet<SocketAddr>) -> HashMap<SocketAddr, HashSet<SocketAddr>> {
     let of = |set: &EndpointSet| match set {
-        EndpointSet::Endpoints(all) => all.iter().map(|endpoint| endpoint.addr()).collect::<Vec<_>>(),
+        EndpointSet::Endpoints(all) => all.iter().map(|endpoint| endpoint.addr).collect::<Vec<_>>(),
         EndpointSet::Reject | EndpointSet::Drop => Vec::new(),
     };
     let new = diff.upserts.iter().filter(|(at, _)| at.protocol == Protocol::Udp && new.contains(&at.addr()));

@@ -26,7 +26,7 @@ fn connection(proto: u8, client: &str, service: &str, backend: &str, source: &st
 }
 
 fn serve(protocol: Protocol, addr: &str, backend: &str) -> (FrontendAddr, Arc<model::Frontend>) {
-    let set = EndpointSet::Endpoints([Endpoint::new(at(backend), true)].into());
+    let set = EndpointSet::Endpoints([Endpoint { addr: at(backend), local: true }].into_iter().collect());
     let service = ServicePort { service: ObjectName::new("default", addr), port: "".into() };
     let frontend = model::Frontend {
         service,

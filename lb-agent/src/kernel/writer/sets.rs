@@ -3,14 +3,13 @@
 use super::{NO_SET, addr, gone};
 use crate::kernel::tables::{NodeAddr, Tables, socket_addr};
 use crate::memory;
-use crate::model::{Endpoint, EndpointSet, FrontendAddr};
+use crate::model::{Endpoint, EndpointSet, Endpoints, FrontendAddr};
 use anyhow::{Context as _, Result, bail};
 use lb_common::addr::{Ip4, Ip6, NetPort};
 use lb_common::maps::{Frontend, SLOT_GROUP, Set, Slot, SlotGroup, SlotGroupKey};
 use std::collections::btree_map::Entry;
 use std::collections::{BTreeMap, HashMap, HashSet};
 use std::net::SocketAddr;
-use std::sync::Arc;
 use std::sync::mpsc::SyncSender;
 
 #[derive(Debug, Default)]
@@ -33,7 +32,7 @@ pub(super) struct Sets {
 
 #[derive(Debug)]
 struct Held {
-    endpoints: Arc<[Endpoint]>,
+    endpoints: Endpoints,
     udp: bool,
     v4: bool,
     frontends: u32,
@@ -84,14 +83,15 @@ impl Sets {
         }
         let id = self.last.checked_add(1).context("set ids are used up: remove the pinned maps")?;
         self.last = id;
-        for (group, some) in (0..).zip(endpoints.chunks(SLOT_GROUP)) {
+        let list: Vec<_> = endpoints.iter().collect();
+        for (group, some) in (0..).zip(list.chunks(SLOT_GROUP)) {
             let key = SlotGroupKey { set: id, group };
             if let Err(error) = self.write_group::<A>(tables, service, key, some, udp) {
-                self.undo::<A>(tables, service, id, &endpoints[..group as usize * SLOT_GROUP], udp)?;
+                self.undo::<A>(tables, service, id, &list[..group as usize * SLOT_GROUP], udp)?;
                 return Err(error);
             }
         }
-        let held = Held { endpoints: Arc::clone(endpoints), udp, v4: A::IS_V4, frontends: 1, slots: count };
+        let held = Held { endpoints: endpoints.clone(), udp, v4: A::IS_V4, frontends: 1, slots: count };
         self.held.insert((service, id), held);
         Ok(Set { id, count })
     }
@@ -106,7 +106,7 @@ impl Sets {
     ) -> Result<()> {
         let mut backends = [(0, 0); SLOT_GROUP];
         for (held, (backend, endpoint)) in backends.iter_mut().zip(endpoints).enumerate().filter(|_| udp) {
-            match self.backend(tables, service, endpoint.addr()) {
+            match self.backend(tables, service, endpoint.addr) {
                 Ok(taken) => *backend = taken,
                 Err(error) => {
                     self.release_backends(tables, service, &endpoints[..held], udp)?;
@@ -134,7 +134,7 @@ impl Sets {
         endpoints
             .iter()
             .filter(|_| udp)
-            .try_for_each(|endpoint| self.release_backend(tables, service, endpoint.addr()))
+            .try_for_each(|endpoint| self.release_backend(tables, service, endpoint.addr))
     }
 
     /// Takes back a set of which only that much could be written.
@@ -159,7 +159,7 @@ impl Sets {
         }
         let held = held.remove();
         self.remove_groups::<A>(tables, set.id, set.count as usize)?;
-        self.release_backends(tables, service, &held.endpoints, held.udp)
+        self.release_backends(tables, service, &held.endpoints.iter().collect::<Vec<_>>(), held.udp)
     }
 
     /// Deletes the entries that a set of so many slots has.
@@ -278,10 +278,10 @@ impl Sets {
             // No endpoint has port 0: these are beyond the end.
             let slots =
                 || groups.iter().flat_map(|(_, group)| &group.slots).filter(|slot| slot.port.get() != 0);
-            let endpoints: Arc<[Endpoint]> = slots()
-                .map(|slot| {
-                    let local = slot.flags & Slot::<A>::LOCAL != 0;
-                    Endpoint::new(socket_addr(slot.addr, slot.port), local)
+            let endpoints: Endpoints = slots()
+                .map(|slot| Endpoint {
+                    addr: socket_addr(slot.addr, slot.port),
+                    local: slot.flags & Slot::<A>::LOCAL != 0,
                 })
                 .collect();
             let (service, udp, frontends) = users.get(&id).copied().unwrap_or((0, false, 0));
@@ -335,8 +335,8 @@ fn group<A: NodeAddr>(endpoints: &[Endpoint], backends: &[(u32, u32); SLOT_GROUP
     let mut group = SlotGroup::default();
     for (slot, (endpoint, backend)) in group.slots.iter_mut().zip(endpoints.iter().zip(backends)) {
         *slot = Slot {
-            addr: addr::<A>(endpoint.addr().ip())?,
-            port: NetPort::new(endpoint.addr().port()),
+            addr: addr::<A>(endpoint.addr.ip())?,
+            port: NetPort::new(endpoint.addr.port()),
             flags: if endpoint.local { Slot::<A>::LOCAL } else { 0 },
             backend_id: backend.0,
             backend_epoch: backend.1,
@@ -347,5 +347,5 @@ fn group<A: NodeAddr>(endpoints: &[Endpoint], backends: &[(u32, u32); SLOT_GROUP
 }
 
 fn names(endpoints: &[Endpoint]) -> String {
-    endpoints.iter().map(|endpoint| endpoint.addr().to_string()).collect::<Vec<_>>().join(", ")
+    endpoints.iter().map(|endpoint| endpoint.addr.to_string()).collect::<Vec<_>>().join(", ")
 }

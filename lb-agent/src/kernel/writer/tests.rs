@@ -98,7 +98,8 @@ fn at(addr: &str, protocol: Protocol) -> FrontendAddr {
 }
 
 fn endpoints(addrs: &[&str]) -> EndpointSet {
-    let list = addrs.iter().map(|a| Endpoint::new(a.parse().expect("an address"), a.contains(".0.")));
+    let list =
+        addrs.iter().map(|a| Endpoint { addr: a.parse().expect("an address"), local: a.contains(".0.") });
     EndpointSet::Endpoints(list.collect())
 }
 
@@ -358,7 +359,7 @@ fn a_frontend_never_points_to_a_missing_slot() {
     let many = |n: usize| {
         let list = (0..n).map(|i| {
             let ip = std::net::Ipv4Addr::new(10, 42, (i / 250) as u8, (i % 250) as u8);
-            Endpoint::new(SocketAddr::new(ip.into(), 8080), true)
+            Endpoint { addr: SocketAddr::new(ip.into(), 8080), local: true }
         });
         frontend("web", EndpointSet::Endpoints(list.collect()))
     };
