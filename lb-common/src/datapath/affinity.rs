@@ -1,6 +1,7 @@
 //! `sessionAffinity: ClientIP` for packets.
 
 use super::Tables;
+use super::choose::by_hash;
 use crate::affinity::{find, remember, scale};
 use crate::maps::{Addr, AffinityKey, FlowKey, Frontend, Set, Slot, SlotKey};
 
@@ -38,10 +39,7 @@ pub(super) fn by_address<'k, A: Addr, K: Tables<A>>(
     frontend: &Frontend,
     inside: bool,
 ) -> Option<&'k Slot<A>> {
-    let set = frontend.set(inside);
-    let client = FlowKey { src: flow.src, ..FlowKey::default() };
-    let index = scale(client.hash(kernel.hash_seed()), set.count);
-    kernel.slot(&SlotKey { set: set.id, index })
+    by_hash(kernel, &FlowKey { src: flow.src, ..FlowKey::default() }, frontend.set(inside))
 }
 
 /// The slot that the client's last flow was sent to.

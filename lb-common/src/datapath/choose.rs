@@ -99,12 +99,17 @@ fn pick<'k, A: Addr, K: Tables<A>>(
 }
 
 #[inline(never)]
-pub(super) fn slot<A: Addr, K: Tables<A>>(kernel: &K, set: Set, index: u32) -> Option<&Slot<A>> {
+fn slot<A: Addr, K: Tables<A>>(kernel: &K, set: Set, index: u32) -> Option<&Slot<A>> {
     kernel.slot(&SlotKey { set: set.id, index })
 }
 
+/// The slot that a tuple's hash says.
 #[inline(always)]
-fn by_hash<'k, A: Addr, K: Tables<A>>(kernel: &'k K, key: &FlowKey<A>, set: Set) -> Option<&'k Slot<A>> {
+pub(super) fn by_hash<'k, A: Addr, K: Tables<A>>(
+    kernel: &'k K,
+    key: &FlowKey<A>,
+    set: Set,
+) -> Option<&'k Slot<A>> {
     kernel.slot(&SlotKey { set: set.id, index: scale(key.hash(kernel.hash_seed()), set.count) })
 }
 

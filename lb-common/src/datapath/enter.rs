@@ -5,7 +5,7 @@
 //! It is put in and taken out at the client's own device, where the destination is translated too, so that the
 //! address, which routing and policies look at, stays what it is.
 
-use super::ingress::{begins_here, onward};
+use super::ingress::{begins_here, onward, used_again};
 use super::parse::{Headers, Kind, Wire};
 use super::ports::Ports;
 use super::redirect::{forget_client, note_client};
@@ -161,7 +161,7 @@ fn known_straight<A: Wire, P: Packet, K: Tables<A>>(
     key.variant = 1;
     if let Some(entry) = kernel.flow(&key) {
         let flow = entry.get();
-        if flow.state & Flow::<A>::CLOSING == 0 || !headers.starts_flow() {
+        if !used_again(headers, flow) {
             entry.seen(kernel.now(), headers.state() | Flow::<A>::SEEN);
             return onward(packet, headers, flow).raw();
         }

@@ -237,10 +237,11 @@ fn note_direct<A: Addr, K: Tables<A>>(kernel: &K, headers: &Headers<A>) {
     }
 }
 
-/// Whether the tuple is that of replies to a flow that we have masqueraded.
+/// Whether the tuple is that of replies to a flow that we have masqueraded. A lost entry is made again from the flow's other
+/// one, if there is any, before the addresses' mark ends; without any, dropping would only put the end off.
 #[inline(never)]
 fn was_taken<A: Addr, K: Tables<A>>(kernel: &K, key: &FlowKey<A>) -> bool {
-    kernel.was_taken(Taken::of(kernel, key))
+    kernel.may_have_flows(key) && kernel.was_taken(Taken::of(kernel, key))
 }
 
 /// Whether the address is a ClusterIP, so that what is sent to a port that it does not have is refused.

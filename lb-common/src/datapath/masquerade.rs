@@ -115,15 +115,15 @@ pub(super) fn may_be_new_or_lost<A>(headers: &Headers<A>) -> bool {
     headers.starts_flow() || matches!(headers.kind, Kind::Tcp(flags) if flags & tcp_flags::RST == 0)
 }
 
-/// flannel's rule: from a pod of the cluster to anywhere else.
+/// flannel's rule: from a pod of the cluster to anywhere else. The destination first: pods send to each other most.
 #[inline(always)]
 pub(super) fn wanted<A: Addr, K: Tables<A>>(kernel: &K, headers: &Headers<A>, device: &Device) -> bool {
     let (src, dst) = (headers.key.src, headers.key.dst);
     device.flags & Device::MASQUERADE != 0
         && src != A::masquerade_addr(device)
-        && kernel.cidr(src) & cidr::CLUSTER != 0
         && !dst.is_local_scope()
         && kernel.cidr(dst) & (cidr::CLUSTER | cidr::NO_MASQUERADE) == 0
+        && kernel.cidr(src) & cidr::CLUSTER != 0
 }
 
 /// What there is to say without a port.

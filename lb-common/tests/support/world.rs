@@ -85,9 +85,14 @@ impl<A: Fam> Family<A> {
     pub(crate) fn enter(&self, key: FlowKey<A>, flow: Flow<A>) {
         let old = self.flows.borrow_mut().insert(key, Box::new(UnsafeCell::new(flow)));
         if old.is_none() {
-            *self.marks.borrow_mut().entry(key.mark()).or_default() += 1;
+            self.mark(&key);
         }
         self.removed.borrow_mut().extend(old);
+    }
+
+    /// Marks an entry once more than it is there: a mark outlives it for as long as it takes the sweep to make it again.
+    pub(crate) fn mark(&self, key: &FlowKey<A>) {
+        *self.marks.borrow_mut().entry(key.mark()).or_default() += 1;
     }
 
     /// Takes one flow entry away.
