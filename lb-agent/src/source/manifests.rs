@@ -162,7 +162,9 @@ impl Manifests {
             }
         }
         paths.sort_unstable();
+        let before = self.files.len();
         self.files.retain(|path, _| paths.binary_search(path).is_ok());
+        let mut changed = self.files.len() != before;
         let mut scan = Scan::default();
         for path in paths {
             let file = self.files.entry(path.clone()).or_default();
@@ -170,10 +172,13 @@ impl Manifests {
                 file.stamp = None;
             }
             if !unfinished.contains(&path) {
-                file.read(&path, &self.node_name, &mut scan.problems);
+                changed |= file.read(&path, &self.node_name, &mut scan.problems);
             }
         }
-        self.merge(&mut scan);
+        // There may be thousands of objects, and mostly nothing has changed.
+        if changed {
+            self.merge(&mut scan);
+        }
         Ok(scan)
     }
 
@@ -201,7 +206,8 @@ impl Manifests {
 }
 
 impl File {
-    fn read(&mut self, path: &Path, node_name: &str, problems: &mut Vec<Problem>) {
+    /// Returns whether it may hold something else than before.
+    fn read(&mut self, path: &Path, node_name: &str, problems: &mut Vec<Problem>) -> bool {
         self.settled = None;
         let read = std::fs::metadata(path).and_then(|meta| {
             if !meta.is_file() || self.stamp == Some(Stamp::from(&meta)) {
@@ -210,7 +216,7 @@ impl File {
             Ok(Some((std::fs::read(path)?, meta)))
         });
         let (text, meta) = match read {
-            Ok(None) => return,
+            Ok(None) => return false,
             Ok(Some(read)) => read,
             Err(error) => {
                 // Said once: a broken file is tried again at every opportunity.
@@ -218,7 +224,7 @@ impl File {
                     problems.push(Problem::of_file(path, format!("cannot be read: {error}")));
                 }
                 self.stamp = None;
-                return;
+                return false;
             }
         };
         let modified = meta.modified().unwrap_or(SystemTime::UNIX_EPOCH);
@@ -228,7 +234,7 @@ impl File {
             && text.trim_ascii().is_empty()
         {
             self.settled = Some(Instant::now() + settling);
-            return;
+            return false;
         }
         self.stamp = Some(Stamp::from(&meta));
         let mut parsed = match std::str::from_utf8(&text) {
@@ -245,6 +251,7 @@ impl File {
         self.broken = !parsed.broken.is_empty();
         self.objects = parsed.objects;
         problems.extend(parsed.problems);
+        true
     }
 }
 
