@@ -385,12 +385,23 @@ impl<const REDIRECTS: bool> Kernel for Around<REDIRECTS> {
 
     #[inline(always)]
     fn launder<'a, T: Copy>(&'a self, value: &'a T) -> Option<&'a T> {
-        const { assert!(size_of::<T>() <= size_of::<[u64; 16]>() && align_of::<T>() <= align_of::<u64>()) };
+        const { assert!(size_of::<T>() <= size_of::<[u64; NUMBER]>() && align_of::<T>() <= align_of::<u64>()) };
         let scratch = LB_SCRATCH.get_ptr_mut(0)?.cast::<T>();
         // SAFETY: large enough and aligned (above); this CPU's own, and no program of ours interrupts another.
         unsafe {
             scratch.write(*value);
             Some(&*scratch)
+        }
+    }
+
+    #[inline(always)]
+    fn launder_number(&self, number: u32) -> u32 {
+        let Some(scratch) = LB_SCRATCH.get_ptr_mut(0) else { return 0 };
+        // SAFETY: as above. Volatile, or the compiler would see through it.
+        unsafe {
+            let place = (&raw mut (*scratch)[NUMBER]).cast::<u32>();
+            place.write_volatile(number);
+            place.read_volatile()
         }
     }
 }
@@ -507,6 +518,9 @@ impl<A: Maps, const REDIRECTS: bool> Tables<A> for Around<REDIRECTS> {
         let _ = A::fragments().insert(key, fragment, 0);
     }
 }
+
+/// Where in [`LB_SCRATCH`] numbers are laundered, behind everything else.
+const NUMBER: usize = 15;
 
 const TCP: u8 = 6;
 const CURRENT_NETNS: u64 = -1i32 as u32 as u64;

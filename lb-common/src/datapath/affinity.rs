@@ -22,6 +22,7 @@ pub(super) fn place<A: Addr, K: Tables<A>>(
         Some(index) => index,
         None => scale(flow.hash(kernel.hash_seed()), set.count),
     };
+    let index = kernel.launder_number(index);
     match kernel.slot(&SlotKey { set: set.id, index }) {
         Some(slot) if !kernel.put_affinity(&key, &remember(slot, index, kernel.now(), frontend.affinity)) => {
             NO_ROOM
@@ -52,7 +53,7 @@ pub(super) fn slot_again<'k, A: Addr, K: Tables<A>>(
 ) -> Option<&'k Slot<A>> {
     let set = frontend.set(inside);
     let key = AffinityKey { client: flow.src.mapped(), service: frontend.service, pad: 0 };
-    let index = remembered(kernel, &key, frontend, set)?;
+    let index = kernel.launder_number(remembered(kernel, &key, frontend, set)?);
     kernel.slot(&SlotKey { set: set.id, index })
 }
 

@@ -325,6 +325,12 @@ pub trait Kernel: Context {
     fn launder<'a, T: Copy>(&'a self, value: &'a T) -> Option<&'a T> {
         Some(value)
     }
+    /// The same for a number, beside whatever [`Self::launder`] keeps: one that a search has found, say, of which the verifier
+    /// would follow each step at which the search may end.
+    #[inline(always)]
+    fn launder_number(&self, number: u32) -> u32 {
+        number
+    }
 }
 
 /// The maps and helpers of one family.

@@ -35,13 +35,15 @@ impl Ports {
     /// neighbours, having every second port reserved would leave some flows none.)
     #[inline(always)]
     pub(super) fn next_free<K: Kernel>(&mut self, kernel: &K) -> Option<u16> {
-        let port = self.next();
-        if !kernel.port_reserved(port) {
-            return Some(port);
+        let mut port = self.next();
+        if kernel.port_reserved(port) {
+            port = neighbour(port);
+            let inside = u32::from(port.wrapping_sub(self.first)) < self.span;
+            if !inside || kernel.port_reserved(port) {
+                return None;
+            }
         }
-        let neighbour = neighbour(port);
-        let inside = u32::from(neighbour.wrapping_sub(self.first)) < self.span;
-        (inside && !kernel.port_reserved(neighbour)).then_some(neighbour)
+        Some(kernel.launder_number(port.into()) as u16)
     }
 }
 
