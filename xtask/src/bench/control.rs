@@ -23,12 +23,27 @@ const CHURN: u32 = 100;
 /// How long a change may take, with the slowest of all.
 const PATIENCE: Duration = Duration::from_secs(120);
 
-/// Measures one site; nothing where nobody serves.
+/// Percent of a core that each site's process takes while nothing goes on. Before any traffic: the flows of the last minutes
+/// would be swept meanwhile.
+pub(super) fn idle(sites: &[Site], depth: Depth) -> Result<Vec<Option<f64>>> {
+    let seconds =
+        || sites.iter().map(|site| site.pid().map(cores::seconds_of).transpose()).collect::<Result<Vec<_>>>();
+    // What follows a start is over.
+    std::thread::sleep(depth.idle() / 4);
+    let (start, before) = (Instant::now(), seconds()?);
+    std::thread::sleep(depth.idle());
+    let (took, after) = (start.elapsed().as_secs_f64(), seconds()?);
+    let share = |(before, after): (Option<f64>, Option<f64>)| Some(100.0 * (after? - before?) / took);
+    Ok(before.into_iter().zip(after).map(share).collect())
+}
+
+/// Measures one site, whose process took so much when it was idle; nothing where nobody serves.
 pub(super) fn measure(
     site: &mut Site,
     cluster: &Cluster,
     depth: Depth,
     core: usize,
+    idle: Option<f64>,
     results: &mut Results,
 ) -> Result<()> {
     if site.mode == Mode::Direct {
@@ -41,7 +56,6 @@ pub(super) fn measure(
         // The client keeps the other one busy.
         cores::pin_process(pid, cores::another(core)?)?;
     }
-    let idle = share(site.pid(), depth.idle())?;
     let mut record = |churn: u32, by_api: bool, times: Vec<f64>| {
         let at = |q| quantile(&times, q);
         let milliseconds = Quantiles { p50: at(0.5), p90: at(0.9), p99: at(0.99) };
@@ -75,14 +89,6 @@ pub(super) fn measure(
     let idle = idle.unwrap_or_default();
     results.processes.push(Process { services, mode, resident, maps, idle, churn: busy });
     Ok(())
-}
-
-/// Percent of a core that a process takes.
-fn share(pid: Option<u32>, time: Duration) -> Result<Option<f64>> {
-    let Some(pid) = pid else { return Ok(None) };
-    let (start, before) = (Instant::now(), cores::seconds_of(pid)?);
-    std::thread::sleep(time);
-    Ok(Some(100.0 * (cores::seconds_of(pid)? - before) / start.elapsed().as_secs_f64()))
 }
 
 /// Bytes.

@@ -58,6 +58,12 @@ pub(super) fn measure(run: &mut Run<'_>, blocks: &[Block], results: &mut Results
         }
         let cluster = Cluster::new(block.family, block.services, &block.kinds);
         let mut sites = start(run, &cluster, &progress, results)?;
+        let idle = if block.control {
+            progress.show(&run.budget, format!("{}, idle", counted(block)));
+            control::idle(&sites, run.depth)?
+        } else {
+            Vec::new()
+        };
         verify(&mut sites, block, &cluster, true)?;
         for (c, cell) in block.cells.iter().enumerate() {
             let what = format!("{}, {}, {}", counted(block), cell.load.name(), cell.path.name());
@@ -70,9 +76,9 @@ pub(super) fn measure(run: &mut Run<'_>, blocks: &[Block], results: &mut Results
         }
         verify(&mut sites, block, &cluster, false)?;
         if block.control {
-            for site in &mut sites {
+            for (site, idle) in sites.iter_mut().zip(idle) {
                 progress.show(&run.budget, format!("{}, changes, {}", counted(block), site.mode.name()));
-                control::measure(site, &cluster, run.depth, run.core, results).with_context(|| {
+                control::measure(site, &cluster, run.depth, run.core, idle, results).with_context(|| {
                     format!("changes with {} in mode {}", counted(block), site.mode.name())
                 })?;
             }
@@ -116,7 +122,16 @@ fn start(
             continue;
         }
         let begin = Instant::now();
-        let site = Site::start(mode, run.tools, run.core, cluster)?;
+        let site = match Site::start(mode, run.tools, run.core, cluster) {
+            Ok(site) => site,
+            // That others do not get that far is a result, too.
+            Err(error) if matches!(mode, Mode::Iptables | Mode::Nftables) => {
+                let what = format!("{}, {services} Services, {}", mode.name(), family.name());
+                results.omitted.push(format!("{what}: it does not start: {error:#}"));
+                continue;
+            }
+            Err(error) => return Err(error),
+        };
         run.budget.learn(mode, services, begin.elapsed());
         let bridge_netfilter = site.bridge_netfilter()?;
         if let Some(available) = results.modes.iter_mut().find(|a| a.mode == mode) {

@@ -38,7 +38,13 @@ impl Host {
         child.stdin.take().context("no pipe")?.write_all(rules.as_bytes())?;
         let out = child.wait_with_output()?;
         let said = String::from_utf8_lossy(&out.stderr);
-        ensure!(out.status.success(), "{program} on {} refused: {said}\n{rules}", self.name());
+        ensure!(out.status.success(), "{program} on {} refused: {said}\n{}", self.name(), beginning(rules));
         Ok(())
     }
+}
+
+/// As much of rules as somebody may want to read: of a large cluster there are a million lines.
+fn beginning(rules: &str) -> &str {
+    const MOST: usize = 4000;
+    rules.get(..MOST).unwrap_or(rules)
 }
