@@ -9,7 +9,7 @@ use serde_json::{Value, json};
 use xtask::agent::{Agent, log_path};
 use xtask::lab::{ApiServer, Host, Lab};
 
-use super::support::{agent_exe, eventually};
+use super::support::{agent_exe, eventually, metric};
 
 /// What is tried again is tried after seconds.
 const LATER: Duration = Duration::from_secs(20);
@@ -87,8 +87,15 @@ fn the_log_has_a_line_for_each_thing_that_matters() -> Result<()> {
         ensure!(agent_wrote(node)? > written);
         Ok(())
     })?;
+    let told = || metric(node, "lb_kubernetes_events_total{result=\"sent\"}").unwrap_or(0.0);
+    let before = told();
     api.apply(service("sig", "10.96.0.11", "SCTP"));
     has(1, "Service shop/sig")?;
+    // An Event that had to wait until the credentials are refused would be one more thing to say.
+    eventually(LATER, || {
+        ensure!(told() > before, "the cluster was not told");
+        Ok(())
+    })?;
     // Watches that break, and a history that is gone, are the watcher's own business.
     api.disconnect();
     api.compact();
