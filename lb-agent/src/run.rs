@@ -36,12 +36,14 @@ use std::fs::File;
 use std::path::PathBuf;
 use std::sync::Mutex;
 use std::time::Duration;
+use tokio::io::Interest;
+use tokio::io::unix::AsyncFd;
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::mpsc;
 use tracing::{info, warn};
 
-/// How often the programs' log is looked at, if there is one.
-const LOG_EVERY: Duration = Duration::from_millis(100);
+/// Rest after a look at the programs' log: a flood of dropped packets must not keep the agent busy.
+const LOG_REST: Duration = Duration::from_millis(100);
 
 /// Runs the agent until it is told to stop. What it put into the kernel stays there.
 ///
@@ -185,12 +187,22 @@ fn no_masquerade(args: &RunArgs) -> (Vec<IpNet>, Option<ConfigFile>) {
 
 /// Passes on what the programs log.
 fn follow_packet_log(ebpf: &mut aya::Ebpf) -> Result<()> {
-    let mut logger = aya_log::EbpfLogger::init(ebpf).context("read the programs' log")?;
+    let logger = aya_log::EbpfLogger::init(ebpf).context("read the programs' log")?;
+    let mut logger =
+        AsyncFd::with_interest(logger, Interest::READABLE).context("wait for the programs' log")?;
     tokio::spawn(async move {
-        let mut every = tokio::time::interval(LOG_EVERY);
         loop {
-            every.tick().await;
-            logger.flush();
+            match logger.readable_mut().await {
+                Ok(mut ready) => {
+                    ready.get_inner_mut().flush();
+                    ready.clear_ready();
+                }
+                Err(error) => {
+                    warn!("what the programs log is not read any more: {error}");
+                    return;
+                }
+            }
+            tokio::time::sleep(LOG_REST).await;
         }
     });
     Ok(())

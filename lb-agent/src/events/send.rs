@@ -167,11 +167,13 @@ impl Sender {
             403 if status.message.contains("being terminated") => Failure::Moot,
             401 | 403 => {
                 if !std::mem::replace(&mut self.refused, true) {
-                    warn!(
-                        "Kubernetes Events are refused: {} (the agent needs create and patch on events in \
-                         events.k8s.io; the log has everything that they would say)",
-                        status.message
-                    );
+                    let why = if status.code == 403 {
+                        "the agent needs create and patch on events in events.k8s.io"
+                    } else {
+                        "its credentials are not accepted"
+                    };
+                    let refusal = &status.message;
+                    warn!("Kubernetes Events are refused: {refusal} ({why}; the log has everything that they would say)");
                 }
                 Failure::Never(error.to_string())
             }

@@ -33,6 +33,9 @@ pub use timeouts::Timeouts;
 
 /// Time between two sweeps when there is room.
 const EVERY: Duration = Duration::from_secs(10);
+/// The same where there was nothing, and nothing has come since as far as the programs have counted: going through empty
+/// tables is most of what a sweep costs.
+const EVERY_QUIET: Duration = Duration::from_secs(60);
 /// Time between two looks at the counters.
 const LOOK_EVERY: Duration = Duration::from_secs(1);
 /// Every so many sweeps entries are looked at whose flow's main entry is gone.
@@ -68,6 +71,8 @@ pub struct Sweeper {
     rounds: u32,
     /// What the programs had counted when the last sweep began.
     counted: Counted,
+    /// The last sweep has left nothing.
+    empty: bool,
     last: Instant,
     not_before: Instant,
     /// The fill that is too much: more than after the last sweep, if that could do no better.
@@ -76,9 +81,11 @@ pub struct Sweeper {
 }
 
 /// What the programs count, of all families.
-#[derive(Clone, Copy, Debug, Default)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 struct Counted {
     new: u64,
+    /// Entries made again, after those of their flow were removed by a sweep, perhaps.
+    repaired: u64,
     refused: u64,
 }
 
@@ -152,6 +159,7 @@ impl Sweeper {
             fill: None,
             rounds: 0,
             counted,
+            empty: false,
             last: now,
             not_before: now,
             // Nothing is known of what is in it.
@@ -197,14 +205,22 @@ impl Sweeper {
         let counted = Counted::read(&self.tables)?;
         let refused = counted.refused > self.counted.refused;
         let full = refused || self.fill(&counted) >= self.alarm;
-        let every = if self.rounds < ALL_MARK { SOON } else { EVERY };
-        if start < self.not_before || !full && start.duration_since(self.last) < every {
+        if start < self.not_before || !full && start.duration_since(self.last) < self.every(&counted) {
             return Ok(());
         }
         (self.counted, self.last) = (counted, start);
         self.sweep(monotonic_seconds(), full.then_some(if refused { URGENT } else { PATIENT }))?;
         self.not_before = Instant::now() + start.elapsed() * if refused { SHORT_REST } else { REST };
         Ok(())
+    }
+
+    /// Time between two sweeps.
+    fn every(&self, counted: &Counted) -> Duration {
+        match self.rounds {
+            ..ALL_MARK => SOON,
+            _ if self.empty && *counted == self.counted => EVERY_QUIET,
+            _ => EVERY,
+        }
     }
 
     /// Most entries that the fuller table can have now.
@@ -231,6 +247,7 @@ impl Sweeper {
         let v6 = make_room(&round, early, plenty, &self.read.v6, &mut self.tables.v6, &mut met)?;
         self.marks.renew(&met, self.rounds >= ALL_MARK)?;
         let affinities = self.end_affinities(now)?;
+        self.empty = v4.left() + v6.left() + affinities == 0;
         debug!(?v4, ?v6, affinities, "swept the flow tables");
         let most = v4.left().max(v6.left()) as u64;
         // Where nothing more can go soon, it is no use to try again before the rest fills up, too.
@@ -311,7 +328,11 @@ fn make_room<A: NodeAddr>(
 
 impl Counted {
     fn read(tables: &Tables) -> Result<Self> {
-        Ok(Self { new: tables.counter(Reason::NewFlow)?, refused: tables.counter(Reason::FlowTableFull)? })
+        Ok(Self {
+            new: tables.counter(Reason::NewFlow)?,
+            repaired: tables.counter(Reason::Repaired)?,
+            refused: tables.counter(Reason::FlowTableFull)?,
+        })
     }
 }
 

@@ -249,8 +249,9 @@ fn starting(mode: Mode, services: usize) -> f64 {
 
 /// Seconds that changes are measured for in a block.
 fn control(depth: Depth, modes: &[Mode]) -> f64 {
-    let one = 2.0 * depth.changes().1.as_secs_f64() * 0.4 + depth.idle().as_secs_f64();
-    one * modes.iter().filter(|mode| **mode != Mode::Direct).count() as f64
+    let served = modes.iter().filter(|mode| **mode != Mode::Direct).count() as f64;
+    // All modes are idle at once.
+    2.0 * depth.changes().1.as_secs_f64() * 0.4 * served + depth.idle().as_secs_f64() * 1.25
 }
 
 /// Seconds that the programs take.

@@ -44,6 +44,16 @@ impl Site {
     }
 }
 
+/// The programs have counted so much on each CPU.
+fn count(site: &Site, reason: Reason, n: u64) {
+    let cpus = aya::util::nr_cpus().expect("the number of CPUs");
+    let values = aya::maps::PerCpuValues::try_from(vec![n; cpus]).expect("a value for each");
+    let pin = aya::maps::MapData::from_pin(site.bpffs.pins.map("LB_COUNT")).expect("the counters");
+    let mut counters =
+        aya::maps::PerCpuArray::<_, u64>::try_from(aya::maps::Map::PerCpuArray(pin)).expect("counters");
+    counters.set(reason as u32, values, 0).expect("count");
+}
+
 /// A flow through a Service, or one that is only masqueraded.
 fn flow<A: Addr>(proto: u8, port: u16, flags: u8) -> Flow<A> {
     let (client_port, masq_port) = (NetPort::new(port), NetPort::new(10_000 + port));
@@ -204,14 +214,6 @@ fn a_look_sweeps_when_the_table_fills_up_and_rests_when_it_cannot_help() {
     let idle = site.sweeper.rounds;
     site.sweeper.look().expect("look");
     assert_eq!(site.sweeper.rounds, idle, "nothing new: ten seconds of rest");
-    let count = |site: &Site, reason: Reason, n: u64| {
-        let cpus = aya::util::nr_cpus().expect("the number of CPUs");
-        let values = aya::maps::PerCpuValues::try_from(vec![n; cpus]).expect("a value for each");
-        let pin = aya::maps::MapData::from_pin(site.bpffs.pins.map("LB_COUNT")).expect("the counters");
-        let mut counters =
-            aya::maps::PerCpuArray::<_, u64>::try_from(aya::maps::Map::PerCpuArray(pin)).expect("counters");
-        counters.set(reason as u32, values, 0).expect("count");
-    };
     // As many flows as fill three quarters, if each has four entries.
     count(&site, Reason::NewFlow, u64::from(LIMIT / 4));
     std::thread::sleep(Duration::from_millis(50));
@@ -221,6 +223,32 @@ fn a_look_sweeps_when_the_table_fills_up_and_rests_when_it_cannot_help() {
     std::thread::sleep(Duration::from_millis(50));
     site.sweeper.look().expect("look");
     assert_eq!(site.sweeper.rounds, idle + 2, "somebody was refused");
+}
+
+#[test]
+fn empty_tables_are_gone_through_less_often_until_something_is_entered() {
+    let mut site = Site::new();
+    let look = |site: &mut Site| {
+        site.sweeper.last = Instant::now().checked_sub(EVERY_QUIET).expect("up for a minute");
+        site.sweeper.not_before = site.sweeper.last;
+        site.sweeper.look().expect("look");
+    };
+    let every = |site: &Site| site.sweeper.every(&Counted::read(&site.sweeper.tables).expect("the counters"));
+    for _ in 0..ALL_MARK {
+        assert_eq!(every(&site), SOON, "until the marks count");
+        look(&mut site);
+    }
+    assert_eq!(every(&site), EVERY_QUIET);
+    for (reason, n) in [(Reason::NewFlow, 1), (Reason::Repaired, 1), (Reason::NewFlow, 2)] {
+        count(&site, reason, n);
+        assert_eq!(every(&site), EVERY, "{reason:?}");
+        look(&mut site);
+        assert_eq!(every(&site), EVERY_QUIET, "it has left already");
+    }
+    let young = Flow { last_seen: monotonic_seconds(), ..flow::<Ip4>(6, 7, DNAT).as_side(Side::Forward) };
+    site.v4().flows.insert(young.key(Side::Forward), young, 0).expect("room");
+    look(&mut site);
+    assert_eq!(every(&site), EVERY, "there is a flow");
 }
 
 #[test]

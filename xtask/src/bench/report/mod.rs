@@ -1,5 +1,6 @@
 //! The figures, for people and for machines.
 
+mod check;
 pub(super) mod compare;
 mod markdown;
 mod plots;
@@ -12,14 +13,9 @@ use std::path::{Path, PathBuf};
 use anyhow::{Context, Result};
 
 use super::results::Results;
-use super::stats::Verdict;
 
+pub(super) use check::check;
 pub(super) use markdown::{body, head};
-
-/// Whether ours is ahead of both of kube-proxy's modes everywhere.
-pub(super) fn all_ahead(results: &Results) -> bool {
-    results.compared.iter().all(|c| c.verdict == Verdict::Ahead)
-}
 
 /// Writes `bench.json`, `bench.md` and the plots.
 pub(super) fn write(results: &Results, dir: &Path) -> Result<()> {
