@@ -33,6 +33,7 @@ use lb_common::datapath::Reason;
 use lb_common::maps::stance;
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use std::fs::File;
+use std::io;
 use std::path::PathBuf;
 use std::sync::Mutex;
 use std::time::Duration;
@@ -88,6 +89,8 @@ async fn serve(
     ports::reserve(&mut tables.ports)?;
     // A cleanup may have begun, and not ended.
     tables.stance.set(0, stance::SERVE, 0).context("serve what begins")?;
+    // Programs that do not go by it may have been served.
+    tables.renew_served()?;
     let (exempt, config_file) = no_masquerade(&args);
     let mut writer = MapWriter::new(Tables::open(&pins)?, args.cluster_cidr.0.clone(), exempt);
     if args.socket_lb != SocketLb::Off
@@ -188,8 +191,9 @@ fn no_masquerade(args: &RunArgs) -> (Vec<IpNet>, Option<ConfigFile>) {
 /// Passes on what the programs log.
 fn follow_packet_log(ebpf: &mut aya::Ebpf) -> Result<()> {
     let logger = aya_log::EbpfLogger::init(ebpf).context("read the programs' log")?;
-    let mut logger =
-        AsyncFd::with_interest(logger, Interest::READABLE).context("wait for the programs' log")?;
+    // SAFETY: the logger owns its ring, whose file descriptor stays the same and open as long as the logger is there.
+    let logger = unsafe { AsyncFd::register_with_interest(logger, Interest::READABLE) };
+    let mut logger = logger.map_err(io::Error::from).context("wait for the programs' log")?;
     tokio::spawn(async move {
         loop {
             match logger.readable_mut().await {

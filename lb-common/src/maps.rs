@@ -24,8 +24,12 @@ pub trait Addr: Pod + Eq + core::fmt::Debug + Default {
     fn mix(self, hash: u32) -> u32;
     /// A hash of two addresses, whichever comes first: a number below 2 to the power of 16.
     fn pair(self, other: Self) -> u32;
+    /// A hash of the address, whose first bits are the best: for [`Served`].
+    fn spread(self) -> u64;
     /// This device's address to masquerade to.
     fn masquerade_addr(device: &Device) -> Self;
+    /// The node's address that packets of overlays are carried between.
+    fn carrier_addr(overlay: &Overlay) -> Self;
     /// Addresses that are never masqueraded to: multicast, loopback, unspecified, broadcast. (Link-local is a matter
     /// of configuration: the agent enters it into the CIDR table.)
     fn is_local_scope(self) -> bool;
@@ -123,11 +127,30 @@ fn mix_word(hash: u32, word: u32) -> u32 {
 /// that nearly do, and sums of those would be few.)
 #[inline(always)]
 fn mix_pair(a: u64, b: u64) -> u32 {
-    let mix = |word: u64| {
-        let word = word.wrapping_mul(0x9e37_79b9_7f4a_7c15);
-        (word ^ word >> 32) | 1
-    };
-    (mix(a).wrapping_mul(mix(b)) >> 48) as u32
+    ((mix_one(a) | 1).wrapping_mul(mix_one(b) | 1) >> 48) as u32
+}
+
+#[inline(always)]
+fn mix_one(word: u64) -> u64 {
+    let word = word.wrapping_mul(GOLDEN);
+    word ^ word >> 32
+}
+
+/// A hash of a word, whose first bits depend on all of it.
+#[inline(always)]
+fn spread(word: u64) -> u64 {
+    // Once would spread neighbours evenly, and put ranges of addresses on top of each other.
+    mix_one(word).wrapping_mul(GOLDEN)
+}
+
+/// 2 to the power of 64, over the golden ratio.
+const GOLDEN: u64 = 0x9e37_79b9_7f4a_7c15;
+
+/// An IPv6 address as a word. What differs is at the end of each half: so that it is not the same byte of both.
+#[inline(always)]
+fn one_word(ip: Ip6) -> u64 {
+    let (high, low) = ip.wire();
+    low ^ u64::from_be(high).wrapping_mul(0x94d0_49bb_1331_11eb)
 }
 
 /// Which of a flow's entries this is, by the packets that find it.
@@ -267,6 +290,23 @@ impl<A: Addr> Flow<A> {
         FlowKey { src, dst, sport, dport, proto: self.proto, variant, pad: [0; 2] }
     }
 
+    /// The keys of all entries that the flow has, as far as this one knows. (For who looks after the table, not for programs.)
+    pub fn entries(&self) -> [Option<FlowKey<A>>; 4] {
+        let dnat = self.flags & Self::DNAT != 0;
+        let masqueraded = self.flags & Self::MASQ_DONE != 0;
+        [
+            Some(self.key(Side::Forward)),
+            dnat.then(|| self.key(Side::Front)),
+            dnat.then(|| self.key(Side::Reply)),
+            masqueraded.then(|| self.key(Side::Back)),
+        ]
+    }
+
+    /// Whether it is one of a flow's own entries, not one that stands for somebody else's.
+    pub const fn is_ours(&self) -> bool {
+        self.side != Side::Foreign as u8 && self.side != Side::Held as u8
+    }
+
     /// Sent to the backend itself: by a client that does without the Service, or to a Service whose address is its
     /// endpoint's.
     #[inline(always)]
@@ -394,6 +434,50 @@ impl Presence {
     pub fn may_be(&self, mark: u32) -> bool {
         self.complete == 0 || self.round.wrapping_sub(mark) <= 2
     }
+}
+
+/// Which addresses have frontends, a bit for each of their hashes: most packets are for none, and a bit costs less than a
+/// look-up in the frontend table that finds nothing.
+///
+/// Who enters a frontend sets its address's bit *before*. A bit that is set and should not be costs a look-up.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Served {
+    /// Index of the word.
+    pub word: u32,
+    /// The bit in it.
+    pub bit: u64,
+}
+
+impl Served {
+    /// How many words there are. With a frontend on each of 30,000 addresses, one in nine others has its bit set.
+    pub const WORDS: u32 = 1 << 12;
+
+    /// An address's place.
+    #[inline(always)]
+    pub fn of<A: Addr>(addr: A) -> Self {
+        let place = (addr.spread() >> (u64::BITS - Self::WORDS.ilog2() - u64::BITS.ilog2())) as u32;
+        Self { word: place / u64::BITS, bit: 1 << (place % u64::BITS) }
+    }
+
+    /// Whether it may have frontends, if that is the word.
+    #[inline(always)]
+    pub const fn is_in(self, word: u64) -> bool {
+        word & self.bit != 0
+    }
+}
+
+/// What carries the packets of the node's overlays: UDP between an address of this node and other nodes'.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Pod, Zeroable)]
+pub struct Overlay {
+    /// The address of overlays over IPv6; unspecified if there are none.
+    pub addr6: Ip6,
+    /// Of those over IPv4.
+    pub addr4: Ip4,
+    /// The port that they send to; zero if there are none.
+    pub port: NetPort,
+    /// Always zero.
+    pub pad: u16,
 }
 
 /// Key of the frontend table: what a packet was sent to.
@@ -923,8 +1007,18 @@ impl Addr for Ip4 {
     }
 
     #[inline(always)]
+    fn spread(self) -> u64 {
+        spread(self.wire().into())
+    }
+
+    #[inline(always)]
     fn masquerade_addr(device: &Device) -> Self {
         device.masq4
+    }
+
+    #[inline(always)]
+    fn carrier_addr(overlay: &Overlay) -> Self {
+        overlay.addr4
     }
 
     #[inline(always)]
@@ -981,14 +1075,22 @@ impl Addr for Ip6 {
 
     #[inline(always)]
     fn pair(self, other: Self) -> u32 {
-        // What differs is at the end of each half: so that it is not the same byte of both.
-        let word = |(high, low): (u64, u64)| low ^ u64::from_be(high).wrapping_mul(0x94d0_49bb_1331_11eb);
-        mix_pair(word(self.wire()), word(other.wire()))
+        mix_pair(one_word(self), one_word(other))
+    }
+
+    #[inline(always)]
+    fn spread(self) -> u64 {
+        spread(one_word(self))
     }
 
     #[inline(always)]
     fn masquerade_addr(device: &Device) -> Self {
         device.masq6
+    }
+
+    #[inline(always)]
+    fn carrier_addr(overlay: &Overlay) -> Self {
+        overlay.addr6
     }
 
     #[inline(always)]
@@ -1092,6 +1194,7 @@ aya_pod!(
     XdpDevice,
     VtepKey,
     Presence,
+    Overlay,
     NetPort,
     Ip4,
     Ip6
@@ -1101,6 +1204,7 @@ const _: () = {
     assert!(size_of::<ServiceName>() == 192);
     assert!(size_of::<Frontend>() == 28 && core::mem::offset_of!(Frontend, flags) == 24);
     assert!(size_of::<SlotGroupKey>() == 8 && size_of::<Presence>() == 8);
+    assert!(size_of::<Overlay>() == 24);
     assert!(size_of::<Device>() == 32);
     assert!(size_of::<SourceKey<Ip4>>() == 8 && size_of::<SourceKey<Ip6>>() == 20);
     assert!(size_of::<Held>() == 2048);
@@ -1116,7 +1220,7 @@ const _: () = {
 
 #[cfg(test)]
 mod tests {
-    use super::{Addr, FlowKey, FrontendKey, Presence};
+    use super::{Addr, FlowKey, FrontendKey, Presence, Served};
     use crate::addr::{Ip4, Ip6, NetPort};
     use core::net::{Ipv4Addr, Ipv6Addr};
 
@@ -1157,6 +1261,36 @@ mod tests {
         // Interface identifiers, one below the other.
         marks::<Ip6>(|node, pod| {
             Ipv6Addr::new(0xfd00, 0, 0, 0, 0xa8bb, node.into(), 0xfe00, pod.into()).into()
+        });
+    }
+
+    fn few_others_look_served<A: Addr>(addr: impl Fn(u8, u8, u8) -> A) {
+        // 30,000 ClusterIPs, one after the other.
+        let mut words = vec![0u64; Served::WORDS as usize];
+        for n in 0..30_000u16 {
+            let [high, low] = n.to_be_bytes();
+            let place = Served::of(addr(96, high, low));
+            assert!(place.bit.is_power_of_two());
+            words[place.word as usize] |= place.bit;
+        }
+        let looks_served = |&(high, low): &(u8, u8)| {
+            let place = Served::of(addr(244, high, low));
+            place.is_in(words[place.word as usize])
+        };
+        let pods = (0..100u8).flat_map(|high| (0..100).map(move |low| (high, low)));
+        let wrong = pods.filter(looks_served).count();
+        // By chance it would be 10,000 times (1 - e^-(30,000 / 262,144)): 1081.
+        assert!(wrong < 1500, "{wrong} of 10,000 are looked up for nothing");
+    }
+
+    #[test]
+    fn addresses_without_frontends_are_told_from_those_with_some() {
+        few_others_look_served::<Ip4>(|net, high, low| Ipv4Addr::new(10, net, high, low).into());
+        few_others_look_served::<Ip6>(|net, high, low| {
+            Ipv6Addr::new(0xfd00, 0x10, net.into(), 0, 0, 0, high.into(), low.into()).into()
+        });
+        few_others_look_served::<Ip6>(|net, high, low| {
+            Ipv6Addr::new(0xfd00, 0x10, net.into(), high.into(), 0, 0, 0, low.into()).into()
         });
     }
 

@@ -6,12 +6,12 @@ use aya_ebpf::helpers::generated as helpers;
 use aya_ebpf::macros::map;
 use aya_ebpf::maps::{Array, HashMap, LpmTrie, LruHashMap, PerCpuArray};
 use core::ptr::NonNull;
-use lb_common::addr::{Ip4, Ip6, NetPort};
+use lb_common::addr::{Ip4, Ip6};
 use lb_common::datapath::{FlowRef, Put, PutError, Reason, Taken};
 use lb_common::maps::{
     Addr, Affinity, AffinityKey, Device, Flow, FlowKey, Fragment, FragmentKey, Frontend, FrontendKey, Held,
-    Presence, Range, ServiceName, SlotGroup, SlotGroupKey, SocketKey, SocketPeer, SourceKey, VtepKey,
-    XdpDevice, flags,
+    Overlay, Presence, Range, Served, ServiceName, SlotGroup, SlotGroupKey, SocketKey, SocketPeer, SourceKey,
+    VtepKey, XdpDevice, flags,
 };
 
 // Written by the loader before the programs are verified, constant from then on.
@@ -49,6 +49,11 @@ pub(crate) static LB_FRONT4: HashMap<FrontendKey<Ip4>, Frontend> =
 #[map]
 pub(crate) static LB_FRONT6: HashMap<FrontendKey<Ip6>, Frontend> =
     HashMap::with_max_entries(1 << 17, BPF_F_NO_PREALLOC);
+/// Which addresses have frontends: see [`Served`].
+#[map]
+pub(crate) static LB_SERVED4: Array<u64> = Array::with_max_entries(Served::WORDS, 0);
+#[map]
+pub(crate) static LB_SERVED6: Array<u64> = Array::with_max_entries(Served::WORDS, 0);
 #[map]
 pub(crate) static LB_SLOT4: HashMap<SlotGroupKey, SlotGroup<Ip4>> =
     HashMap::with_max_entries(1 << 19, BPF_F_NO_PREALLOC);
@@ -98,9 +103,9 @@ pub(crate) static LB_DEVICE: HashMap<u32, Device> = HashMap::with_max_entries(40
 /// What XDP has to know of devices: see `XdpDevice::place`.
 #[map]
 pub(crate) static LB_XDP: Array<XdpDevice> = Array::with_max_entries(XdpDevice::PLACES, 0);
-/// The UDP port that the node's overlays send to; zero for none.
+/// What carries the packets of the node's overlays.
 #[map]
-pub(crate) static LB_OVERLAY: Array<NetPort> = Array::with_max_entries(1, 0);
+pub(crate) static LB_OVERLAY: Array<Overlay> = Array::with_max_entries(1, 0);
 /// Where overlays send what is for an Ethernet address; mapped.
 #[map]
 pub(crate) static LB_VTEP: HashMap<VtepKey, Ip6> = HashMap::with_max_entries(1 << 14, BPF_F_NO_PREALLOC);
@@ -151,6 +156,7 @@ pub(crate) trait Maps: Addr {
     const TUPLE: u32;
     fn flows() -> &'static HashMap<FlowKey<Self>, Flow<Self>>;
     fn frontends() -> &'static HashMap<FrontendKey<Self>, Frontend>;
+    fn served() -> &'static Array<u64>;
     fn slots() -> &'static HashMap<SlotGroupKey, SlotGroup<Self>>;
     fn cidrs() -> &'static LpmTrie<Self, u32>;
     fn sources() -> &'static LpmTrie<SourceKey<Self>, u32>;
@@ -161,7 +167,7 @@ pub(crate) trait Maps: Addr {
 }
 
 macro_rules! maps {
-    ($addr:ty, $tuple:literal, $flows:ident, $fronts:ident, $slots:ident, $cidrs:ident, $sources:ident, $range:ident,
+    ($addr:ty, $tuple:literal, $flows:ident, $fronts:ident, $served:ident, $slots:ident, $cidrs:ident, $sources:ident, $range:ident,
      $fragments:ident, $draft:ident, $recent:ident) => {
         impl Maps for $addr {
             const TUPLE: u32 = $tuple;
@@ -174,6 +180,11 @@ macro_rules! maps {
             #[inline(always)]
             fn frontends() -> &'static HashMap<FrontendKey<Self>, Frontend> {
                 &$fronts
+            }
+
+            #[inline(always)]
+            fn served() -> &'static Array<u64> {
+                &$served
             }
 
             #[inline(always)]
@@ -215,10 +226,12 @@ macro_rules! maps {
 }
 
 maps!(
-    Ip4, 12, LB_FLOW4, LB_FRONT4, LB_SLOT4, LB_CIDR4, LB_SOURCE4, LB_RANGE4, LB_FRAG4, LB_DRAFT4, LB_RECENT4
+    Ip4, 12, LB_FLOW4, LB_FRONT4, LB_SERVED4, LB_SLOT4, LB_CIDR4, LB_SOURCE4, LB_RANGE4, LB_FRAG4, LB_DRAFT4,
+    LB_RECENT4
 );
 maps!(
-    Ip6, 36, LB_FLOW6, LB_FRONT6, LB_SLOT6, LB_CIDR6, LB_SOURCE6, LB_RANGE6, LB_FRAG6, LB_DRAFT6, LB_RECENT6
+    Ip6, 36, LB_FLOW6, LB_FRONT6, LB_SERVED6, LB_SLOT6, LB_CIDR6, LB_SOURCE6, LB_RANGE6, LB_FRAG6, LB_DRAFT6,
+    LB_RECENT6
 );
 
 /// What more than one kind of programs ask, for the type that stands for the kind. (The traits are another crate's: they
@@ -308,6 +321,12 @@ pub(crate) fn put_flow<A: Maps>(key: &FlowKey<A>, flow: &Flow<A>, how: Put) -> R
         EEXIST => PutError::Taken,
         _ => PutError::Full,
     })
+}
+
+#[inline(always)]
+pub(crate) fn may_be_served<A: Maps>(addr: A) -> bool {
+    let place = Served::of(addr);
+    A::served().get(place.word).is_none_or(|word| place.is_in(*word))
 }
 
 #[inline(always)]

@@ -16,14 +16,14 @@ use aya_ebpf::programs::TcContext;
 use aya_log_ebpf::info;
 use bytemuck::Pod;
 use core::ptr::NonNull;
-use lb_common::addr::{Ip4, Ip6, NetPort};
+use lb_common::addr::{Ip4, Ip6};
 use lb_common::checksum::Sum;
 use lb_common::datapath::{
     self, Context as _, Covered, FlowRef, Kernel, Packet, Reason, Reshape, Tables, Taken, Verdict, Wire,
 };
 use lb_common::maps::{
-    Addr, Affinity, AffinityKey, Device, FlowKey, Fragment, FragmentKey, Frontend, FrontendKey, Range,
-    SlotGroup, SlotGroupKey, SourceKey, flags, seen_to, stance,
+    Addr, Affinity, AffinityKey, Device, FlowKey, Fragment, FragmentKey, Frontend, FrontendKey, Overlay,
+    Range, SlotGroup, SlotGroupKey, SourceKey, flags, seen_to, stance,
 };
 
 /// Destinations.
@@ -306,8 +306,8 @@ impl<const REDIRECTS: bool> Kernel for Around<REDIRECTS> {
     }
 
     #[inline(always)]
-    fn overlay_port(&self) -> NetPort {
-        LB_OVERLAY.get(0).copied().unwrap_or_default()
+    fn overlay(&self) -> Option<&Overlay> {
+        LB_OVERLAY.get(0)
     }
 
     #[inline(always)]
@@ -440,6 +440,11 @@ impl<A: Maps, const REDIRECTS: bool> Tables<A> for Around<REDIRECTS> {
     fn remove_flow(&self, key: &FlowKey<A>) {
         // Already gone is as good.
         let _ = A::flows().remove(key);
+    }
+
+    #[inline(always)]
+    fn may_be_served(&self, addr: A) -> bool {
+        tables::may_be_served(addr)
     }
 
     #[inline(always)]

@@ -173,7 +173,9 @@ impl Sender {
                         "its credentials are not accepted"
                     };
                     let refusal = &status.message;
-                    warn!("Kubernetes Events are refused: {refusal} ({why}; the log has everything that they would say)");
+                    warn!(
+                        "Kubernetes Events are refused: {refusal} ({why}; the log has everything that they would say)"
+                    );
                 }
                 Failure::Never(error.to_string())
             }

@@ -17,13 +17,14 @@ use futures::StreamExt as _;
 use lb_attach::attach::{Attacher, Hook};
 use lb_attach::snapshot::{Link, Snapshot};
 use lb_attach::vxlan::Vxlan;
-use lb_common::addr::NetPort;
-use lb_common::maps::Device as Entry;
+use lb_common::addr::{Ip4, Ip6, NetPort};
+use lb_common::maps::{Device as Entry, Overlay as Carrier};
 use netlink_packet_core::{NetlinkMessage, NetlinkPayload};
 use rtnetlink::packet_route::{AddressFamily, RouteNetlinkMessage};
 use rtnetlink::{MulticastGroup, new_multicast_connection};
 use stats::Counts;
 use std::collections::{BTreeMap, BTreeSet};
+use std::net::IpAddr;
 use std::time::{Duration, Instant};
 use tokio::sync::mpsc::Sender;
 use tracing::{info, warn};
@@ -49,10 +50,10 @@ pub struct Devices {
     attached: BTreeMap<u32, (String, Entry)>,
     /// When we last looked at what is attached.
     looked: Option<Instant>,
-    /// The overlays' port that the programs know.
-    overlay_port: Option<NetPort>,
+    /// What the programs know of the overlays.
+    overlay: Option<Carrier>,
     /// That they cannot be told it has been said.
-    overlay_port_failed: bool,
+    overlay_failed: bool,
     stats: Stats,
 }
 
@@ -60,8 +61,8 @@ impl Devices {
     /// A manager that attaches what is pinned, and keeps `stats` of it.
     pub fn new(attacher: Attacher, xdp: Option<Xdp>, pins: Pins, args: RunArgs, stats: Stats) -> Self {
         let attached = BTreeMap::new();
-        let (looked, overlay_port, overlay_port_failed) = (None, None, false);
-        Self { attacher, xdp, pins, args, attached, looked, overlay_port, overlay_port_failed, stats }
+        let (looked, overlay, overlay_failed) = (None, None, false);
+        Self { attacher, xdp, pins, args, attached, looked, overlay, overlay_failed, stats }
     }
 
     /// Follows the devices until the receiver of the addresses is gone.
@@ -137,16 +138,17 @@ impl Devices {
             }
         }
         self.stats.set(counts);
-        let mut overlays = wanted.values().filter(|(_, role)| *role == Role::Overlay);
-        let told = self.tell_overlay_port(overlays.find_map(|(link, _)| link.vxlan.as_ref()));
+        let overlays = wanted.values().filter(|(_, role)| *role == Role::Overlay);
+        let told =
+            self.tell_overlay(carrier(overlays.filter_map(|(link, _)| link.vxlan.as_ref()), &snapshot));
         // Only a short cut: without it, packets take the way of all others.
         let failed = told.is_err();
         if let Err(error) = told
-            && !self.overlay_port_failed
+            && !self.overlay_failed
         {
-            warn!("tell the programs the overlays' port: {error:#}; trying again");
+            warn!("tell the programs of the overlays: {error:#}; trying again");
         }
-        self.overlay_port_failed = failed;
+        self.overlay_failed = failed;
         let known: BTreeSet<u32> = self.attached.keys().copied().collect();
         // Also what a former agent or a plugin attached: to devices that vanished since, or that are not to be served.
         let served = if look { &served | &known } else { known };
@@ -171,12 +173,10 @@ impl Devices {
         })
     }
 
-    /// One for all: nodes with vxlan devices on several ports are rare, and the others' packets are only looked up in vain.
-    fn tell_overlay_port(&mut self, overlay: Option<&Vxlan>) -> Result<()> {
-        let port = NetPort::new(overlay.map_or(0, |overlay| overlay.port));
-        if self.overlay_port != Some(port) {
-            tables::overlay_port(&self.pins)?.set(0, port, 0).context("write the map")?;
-            self.overlay_port = Some(port);
+    fn tell_overlay(&mut self, overlay: Carrier) -> Result<()> {
+        if self.overlay != Some(overlay) {
+            tables::overlay(&self.pins)?.set(0, overlay, 0).context("write the map")?;
+            self.overlay = Some(overlay);
         }
         Ok(())
     }
@@ -253,6 +253,35 @@ impl Devices {
             Err(error) => warn!("{name}: {error:#}"),
         }
     }
+}
+
+/// What carries the packets of overlays. One port and one address of each family for all: nodes whose vxlan devices have more
+/// are rare, and the others' packets are only looked up in vain.
+fn carrier<'a>(overlays: impl Iterator<Item = &'a Vxlan>, snapshot: &Snapshot) -> Carrier {
+    let mut carrier = Carrier::default();
+    for overlay in overlays {
+        let port = NetPort::new(overlay.port);
+        if carrier.port == NetPort::default() {
+            carrier.port = port;
+        }
+        if carrier.port != port {
+            continue;
+        }
+        // Without one of its own it takes the one that the route says: mostly that of the device below.
+        let below = || snapshot.link(overlay.link).map(|link| snapshot.masquerade_addresses(link));
+        let (v4, v6) = match overlay.local {
+            Some(IpAddr::V4(ip)) => (Some(ip), None),
+            Some(IpAddr::V6(ip)) => (None, Some(ip)),
+            None => below().unwrap_or_default(),
+        };
+        if let Some(ip) = v4.filter(|_| carrier.addr4 == Ip4::default()) {
+            carrier.addr4 = ip.into();
+        }
+        if let Some(ip) = v6.filter(|_| carrier.addr6 == Ip6::default()) {
+            carrier.addr6 = ip.into();
+        }
+    }
+    carrier
 }
 
 /// Whether a message is a reason to look. Neighbours come and go all the time: only what overlays know of other nodes

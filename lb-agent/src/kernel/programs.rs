@@ -13,7 +13,7 @@ use aya::{Ebpf, EbpfLoader};
 use aya_obj::programs::XdpAttachType;
 use lb_attach::attach::{self, Attacher, Hook};
 use lb_common::datapath::Reason;
-use lb_common::maps::{Held, flags};
+use lb_common::maps::{Held, Overlay, flags};
 use std::fs;
 use std::os::fd::AsRawFd as _;
 use std::panic::resume_unwind;
@@ -24,11 +24,13 @@ use tracing::warn;
 pub(crate) static OBJECT: &[u8] = aya::include_bytes_aligned!(concat!(env!("OUT_DIR"), "/lb-ebpf.o"));
 
 /// Every map of the object, all pinned.
-pub(crate) const MAPS: [&str; 31] = [
+pub(crate) const MAPS: [&str; 33] = [
     "LB_FLOW4",
     "LB_FLOW6",
     "LB_FRONT4",
     "LB_FRONT6",
+    "LB_SERVED4",
+    "LB_SERVED6",
     "LB_SLOT4",
     "LB_SLOT6",
     "LB_CIDR4",
@@ -146,7 +148,7 @@ pub fn load(pins: &Pins, args: &RunArgs, features: Features, place: Place) -> Re
     for map in MAPS {
         loader.map_pin_path(map, pins.map(map));
     }
-    renew_counters(pins)?;
+    renew(pins)?;
     let mut ebpf = loader.load(OBJECT).context("load the BPF maps and programs")?;
     upgrade::describe(pins)?;
     if let Some(warning) = kept_size(pins, args.flow_table_max)? {
@@ -190,15 +192,18 @@ fn tc_programs(ebpf: &Ebpf) -> [&'static str; 2] {
     if REDIRECTING.iter().all(is_loaded) { REDIRECTING } else { Hook::BOTH.map(Hook::program) }
 }
 
-/// A version that counts more, or less, begins counting again: nothing else goes by the counters.
-fn renew_counters(pins: &Pins) -> Result<()> {
-    let pin = pins.map("LB_COUNT");
-    match MapInfo::from_pin(&pin) {
-        Ok(info) if info.max_entries() as usize != Reason::ALL.len() => {
-            fs::remove_file(&pin).with_context(|| format!("remove {}", pin.display()))
+/// Removes what another build of this version has laid out otherwise, though nothing is lost with it: who counts more, or less,
+/// begins counting again, and what carries overlays' packets is told anew.
+fn renew(pins: &Pins) -> Result<()> {
+    let counts = |info: &MapInfo| info.max_entries() as usize == Reason::ALL.len();
+    let overlay = |info: &MapInfo| info.value_size() as usize == size_of::<Overlay>();
+    for (map, is_ours) in [("LB_COUNT", counts as fn(&MapInfo) -> bool), ("LB_OVERLAY", overlay)] {
+        let pin = pins.map(map);
+        if MapInfo::from_pin(&pin).is_ok_and(|info| !is_ours(&info)) {
+            fs::remove_file(&pin).with_context(|| format!("remove {}", pin.display()))?;
         }
-        _ => Ok(()),
     }
+    Ok(())
 }
 
 /// Loads the tc programs side by side: to verify them is nearly all that the agent does until it is ready, and the kernel

@@ -2,6 +2,7 @@
 
 use super::pins::Pins;
 use super::presence::Marks;
+use super::served::Served;
 use super::syscall;
 use anyhow::{Context as _, Result};
 use aya::Pod;
@@ -10,8 +11,8 @@ use aya::maps::{Array, HashMap, Map, MapData, MapError, PerCpuArray};
 use lb_common::addr::{Ip4, Ip6, NetPort};
 use lb_common::datapath::Reason;
 use lb_common::maps::{
-    Addr, Affinity, AffinityKey, Device, Flow, FlowKey, Frontend, FrontendKey, Range, ServiceName, Slot,
-    SlotGroup, SlotGroupKey, SlotKey, SourceKey,
+    Addr, Affinity, AffinityKey, Device, Flow, FlowKey, Frontend, FrontendKey, Overlay, Range, ServiceName,
+    Slot, SlotGroup, SlotGroupKey, SlotKey, SourceKey,
 };
 use std::hash::Hash;
 use std::io;
@@ -26,8 +27,10 @@ pub struct Family<A: NodeAddr> {
     flow_map: MapData,
     /// Of both families' flows.
     marks: Marks,
-    /// Addresses that are served.
+    /// What is served; to be entered by [`Family::serve`].
     pub frontends: HashMap<MapData, FrontendKey<A>, Frontend>,
+    /// Of the frontends' addresses.
+    pub(super) served: Served,
     /// The backends of each set, see [`Family::slot`].
     pub slots: HashMap<MapData, SlotGroupKey, SlotGroup<A>>,
     /// Address ranges, bits of [`lb_common::maps::cidr`].
@@ -85,6 +88,15 @@ impl Tables {
         })
     }
 
+    /// Has the programs find all frontends that are there, however they came there, and need not look for others.
+    ///
+    /// # Errors
+    /// If the maps cannot be read or written.
+    pub fn renew_served(&mut self) -> Result<()> {
+        self.v4.renew_served()?;
+        self.v6.renew_served()
+    }
+
     /// A counter, summed up over all CPUs.
     ///
     /// # Errors
@@ -117,6 +129,7 @@ impl<A: NodeAddr> Family<A> {
             flow_map: open(pins, &name("LB_FLOW"))?,
             marks: Marks::open(pins)?,
             frontends: hash(pins, &name("LB_FRONT"))?,
+            served: Served::open(pins, &name("LB_SERVED"))?,
             slots: hash(pins, &name("LB_SLOT"))?,
             cidrs: LpmTrie::try_from(Map::LpmTrie(open(pins, &name("LB_CIDR"))?))?,
             sources: LpmTrie::try_from(Map::LpmTrie(open(pins, &name("LB_SOURCE"))?))?,
@@ -133,6 +146,24 @@ impl<A: NodeAddr> Family<A> {
     pub fn enter(&mut self, key: FlowKey<A>, flow: Flow<A>, flags: u64) -> Result<()> {
         self.marks.mark(&key)?;
         Ok(self.flows.insert(key, flow, flags)?)
+    }
+
+    /// Enters a frontend, so that the programs find it. Only one of a map's tables may be used for that.
+    ///
+    /// # Errors
+    /// If it is not taken.
+    pub fn serve(&mut self, key: FrontendKey<A>, frontend: Frontend) -> Result<()> {
+        self.served.add(key.addr)?;
+        Ok(self.frontends.insert(key, frontend, 0)?)
+    }
+
+    /// See [`Tables::renew_served`].
+    ///
+    /// # Errors
+    /// If the maps cannot be read or written.
+    pub fn renew_served(&mut self) -> Result<()> {
+        let keys: Vec<_> = self.frontends.keys().collect::<Result<_, _>>().context("read the frontends")?;
+        self.served.renew(keys.into_iter().map(|key| key.addr))
     }
 
     /// Calls `each` with every flow entry.
@@ -153,11 +184,11 @@ impl<A: NodeAddr> Family<A> {
     }
 }
 
-/// Where the programs find the UDP port that overlays send to.
+/// Where the programs find what carries overlays' packets.
 ///
 /// # Errors
 /// If it is not there.
-pub fn overlay_port(pins: &Pins) -> Result<Array<MapData, NetPort>> {
+pub fn overlay(pins: &Pins) -> Result<Array<MapData, Overlay>> {
     array(pins, "LB_OVERLAY")
 }
 

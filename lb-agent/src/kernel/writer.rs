@@ -7,6 +7,7 @@
 mod cidrs;
 mod cluster_ips;
 pub(crate) mod names;
+mod served;
 mod sets;
 mod sources;
 #[cfg(test)]
@@ -37,6 +38,8 @@ pub struct MapWriter {
     tables: Tables,
     /// How many there are: IPv4, IPv6. What they are is in the map, and read there when it is needed.
     frontends: [usize; 2],
+    /// How many have gone since the bits of served addresses were made anew.
+    gone: usize,
     names: Names,
     sets: Sets,
     sources: Sources,
@@ -60,6 +63,7 @@ impl MapWriter {
         Self {
             tables,
             frontends: [0; 2],
+            gone: 0,
             names: Names::default(),
             sets: Sets::default(),
             sources: Sources::default(),
@@ -234,7 +238,7 @@ impl MapWriter {
             return Ok(Flipped::Not);
         }
         self.hold_address::<A>(at, &value)?;
-        if let Err(error) = A::tables(&mut self.tables).frontends.insert(key, value, 0) {
+        if let Err(error) = A::tables(&mut self.tables).serve(key, value) {
             self.release_address::<A>(at, &value)?;
             return Err(error).with_context(|| format!("write the frontend {} {}", at.addr(), at.protocol));
         }
@@ -273,6 +277,7 @@ impl MapWriter {
         gone(A::tables(&mut self.tables).frontends.remove(&key))
             .with_context(|| format!("delete the frontend {} {}", at.addr(), at.protocol))?;
         self.frontends[usize::from(!A::IS_V4)] -= 1;
+        self.gone += 1;
         let lingered = self.lingering.remove(at);
         self.end_lingering(lingered)?;
         self.retire::<A>(at, &old)
@@ -324,6 +329,7 @@ impl Writer for MapWriter {
         self.sets.drop_orphans(&mut self.tables)?;
         self.cluster_ips4.drop_orphans(&mut self.tables)?;
         self.cluster_ips6.drop_orphans(&mut self.tables)?;
+        self.tables.renew_served()?;
         self.adopt_cidrs()?;
         self.count();
         Ok(frontends.into_keys().collect())
@@ -353,6 +359,7 @@ impl Writer for MapWriter {
             Some(first) if count > 1 => Err(first.context(format!("{count} failures, the first"))),
             Some(only) => Err(only),
         };
+        let result = result.and_then(|()| self.forget_served());
         if diff.upserts.len() > memory::MANY {
             self.sets.pack();
         }

@@ -11,7 +11,8 @@ use lb_agent::kernel::programs::{Features, held_places};
 use lb_common::addr::{Ip4, Ip6};
 use lb_common::datapath::Reason;
 use lb_common::maps::{
-    Device, Flow, FlowKey, Frontend, FrontendKey, Presence, Range, SlotGroup, SlotGroupKey, SourceKey, flags,
+    Device, Flow, FlowKey, Frontend, FrontendKey, Presence, Range, Served, SlotGroup, SlotGroupKey,
+    SourceKey, flags,
 };
 use nix::sched::{CloneFlags, unshare};
 use std::collections::HashMap as StdMap;
@@ -201,7 +202,11 @@ fn fill<A: Fam + Pod>(ebpf: &mut Ebpf, world: &World, suffix: char) {
     let family = A::of(world);
     let mut frontends: HashMap<MapData, FrontendKey<A>, Frontend> =
         typed(take(ebpf, &format!("LB_FRONT{suffix}")));
+    let mut served: Array<MapData, u64> = typed(take(ebpf, &format!("LB_SERVED{suffix}")));
     for (key, value) in &family.frontends {
+        let place = Served::of(key.addr);
+        let word = served.get(&place.word, 0).expect("read which addresses are served");
+        served.set(place.word, word | place.bit, 0).expect("write which addresses are served");
         frontends.insert(key, value, 0).expect("write a frontend");
     }
     let mut slots: HashMap<MapData, SlotGroupKey, SlotGroup<A>> =

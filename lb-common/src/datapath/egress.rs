@@ -34,6 +34,9 @@ fn whole<A: Wire, P: Packet, K: Tables<A>>(packet: &mut P, kernel: &K, headers: 
         return Verdict::Leave;
     }
     let may_be_known = kernel.may_have_flows(&headers.key);
+    if !may_be_known && masquerade::is_nobodys(kernel, headers) {
+        return Verdict::Leave;
+    }
     let mut found = if may_be_known { kernel.flow(&headers.key) } else { None };
     if let Some(entry) = &found
         && let Some(verdict) = known(packet, kernel, headers, entry)

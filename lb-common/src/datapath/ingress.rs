@@ -2,6 +2,7 @@
 
 use super::choose::{choose, repair};
 use super::enter::{LOOK_ON, forget, stale, straight};
+use super::masquerade::is_masquerade_port;
 use super::parse::{Headers, Kind, NotOurs, UDP, Wire, parse};
 use super::rewrite::{End, new_port, rewrite};
 use super::{
@@ -49,8 +50,7 @@ fn whole<A: Wire, P: Packet, K: Tables<A>>(packet: &mut P, kernel: &K, headers: 
             Known::Over => {}
         }
     }
-    let front = FrontendKey::new(headers.key.dst, headers.key.dport, headers.key.proto);
-    let Some(frontend) = kernel.frontend(&front) else { return not_a_service(kernel, headers) };
+    let Some(frontend) = frontend(kernel, &headers.key) else { return not_a_service(kernel, headers) };
     let Some(headers) = kernel.launder(headers) else { return Verdict::Pass };
     Verdict::from_raw(if !headers.starts_flow() {
         repair(packet, kernel, headers, frontend)
@@ -59,6 +59,15 @@ fn whole<A: Wire, P: Packet, K: Tables<A>>(packet: &mut P, kernel: &K, headers: 
     } else {
         Verdict::Leave.raw()
     })
+}
+
+/// What the packet was sent to, if it is served.
+#[inline(always)]
+fn frontend<'k, A: Addr, K: Tables<A>>(kernel: &'k K, key: &FlowKey<A>) -> Option<&'k Frontend> {
+    if !kernel.may_be_served(key.dst) {
+        return None;
+    }
+    kernel.frontend(&FrontendKey::new(key.dst, key.dport, key.proto))
 }
 
 /// Whether what is known of no flow is ours at present, be it that it begins one.
@@ -191,9 +200,8 @@ fn not_a_service<A: Addr, K: Tables<A>>(kernel: &K, headers: &Headers<A>) -> Ver
     }
     // Others masquerade and forward ports, too: not every packet to an address of the node that none of its sockets
     // wants is a reply that we have lost.
-    let ((first, last), port) = (kernel.masquerade_ports(), headers.key.dport.get());
     if matches!(headers.kind, Kind::Tcp(_))
-        && (first..=last).contains(&port)
+        && is_masquerade_port(kernel, headers.key.dport)
         && was_taken(kernel, &headers.key)
         && kernel.stance() == stance::SERVE
     {

@@ -7,7 +7,7 @@ use super::ports::{Ports, neighbour};
 use super::reclaim::{is_closed, make_room};
 use super::redirect::settle;
 use super::rewrite::{End, rewrite};
-use super::{FlowRef, Flows, Outcome, Packet, Put, PutError, Reason, Tables, Taken, Verdict};
+use super::{FlowRef, Flows, Kernel, Outcome, Packet, Put, PutError, Reason, Tables, Taken, Verdict};
 use crate::addr::NetPort;
 use crate::maps::{Addr, Device, Flow, Side, cidr};
 
@@ -113,6 +113,23 @@ pub(super) fn is_over<A: Addr, K: Flows<A>>(kernel: &K, flow: &Flow<A>) -> bool 
 #[inline(always)]
 pub(super) fn may_be_new_or_lost<A>(headers: &Headers<A>) -> bool {
     headers.starts_flow() || matches!(headers.kind, Kind::Tcp(flags) if flags & tcp_flags::RST == 0)
+}
+
+/// Whether nothing has to be found out about a packet between addresses that have no flows: the middle of a connection. If it
+/// were masqueraded, it would have an entry still (whoever keeps one keeps the marks of all that the flow has had), and from
+/// that port nobody else has masqueraded it to where we would.
+#[inline(always)]
+pub(super) fn is_nobodys<A: Addr, K: Kernel>(kernel: &K, headers: &Headers<A>) -> bool {
+    matches!(headers.kind, Kind::Tcp(_))
+        && !headers.starts_flow()
+        && !is_masquerade_port(kernel, headers.key.sport)
+}
+
+/// Whether it is one of the ports that we masquerade to.
+#[inline(always)]
+pub(super) fn is_masquerade_port<K: Kernel>(kernel: &K, port: NetPort) -> bool {
+    let (first, last) = kernel.masquerade_ports();
+    (first..=last).contains(&port.get())
 }
 
 /// flannel's rule: from a pod of the cluster to anywhere else. The destination first: pods send to each other most.

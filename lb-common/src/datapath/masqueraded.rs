@@ -6,7 +6,7 @@
 //! that port, as if we had given it; if it is taken, the flow gets another one, as any other would.
 
 use super::enter::FULL;
-use super::masquerade::{enter, own_port, take_port};
+use super::masquerade::{enter, is_masquerade_port, own_port, take_port};
 use super::parse::{Headers, Wire};
 use super::{FlowRef, Kernel, Outcome, Packet, Put, PutError, Tables, Verdict};
 use crate::maps::{Addr, Device, DeviceIndex, Flow, FrontendKey, Side};
@@ -56,8 +56,8 @@ pub(super) fn keep_port<A: Wire, P: Packet, K: Tables<A>>(
 /// Whether it leaves from an address and port that we might masquerade to.
 #[inline(always)]
 pub(super) fn may_be<A: Addr, K: Kernel>(kernel: &K, headers: &Headers<A>, device: &Device) -> bool {
-    let (key, (first, last)) = (&headers.key, kernel.masquerade_ports());
-    (first..=last).contains(&key.sport.get())
+    let key = &headers.key;
+    is_masquerade_port(kernel, key.sport)
         && key.src == A::masquerade_addr(device)
         && !key.dst.is_local_scope()
 }

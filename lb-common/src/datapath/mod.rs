@@ -27,7 +27,7 @@ use crate::addr::NetPort;
 use crate::checksum::Sum;
 use crate::maps::{
     Addr, Affinity, AffinityKey, Device, DeviceIndex, Flow, FlowKey, Fragment, FragmentKey, Frontend,
-    FrontendKey, Range, Side, Slot, SlotGroup, SlotGroupKey, SlotKey,
+    FrontendKey, Overlay, Range, Side, Slot, SlotGroup, SlotGroupKey, SlotKey,
 };
 use bytemuck::Pod;
 use core::marker::PhantomData;
@@ -287,8 +287,8 @@ pub trait Kernel: Context {
     fn stance(&self) -> u32;
     /// Seed of all hashes; the same for the life of the node, so that choices can be made again.
     fn hash_seed(&self) -> u32;
-    /// The UDP port that the node's overlays send to; zero for none.
-    fn overlay_port(&self) -> NetPort;
+    /// What carries the packets of the node's overlays.
+    fn overlay(&self) -> Option<&Overlay>;
     /// First and last port to masquerade to, host order.
     fn masquerade_ports(&self) -> (u16, u16);
     /// The device that the hook is on.
@@ -345,6 +345,8 @@ pub trait Tables<A: Addr>: Kernel + Flows<A> {
     fn may_have_flows(&self, key: &FlowKey<A>) -> bool;
     /// Removes a flow entry if it is there.
     fn remove_flow(&self, key: &FlowKey<A>);
+    /// Whether an address may have frontends. What is entered is found from then on.
+    fn may_be_served(&self, addr: A) -> bool;
     /// Looks a frontend up.
     fn frontend(&self, key: &FrontendKey<A>) -> Option<&Frontend>;
     /// Looks a group of slots up.

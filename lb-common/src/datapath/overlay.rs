@@ -9,6 +9,7 @@ use crate::maps::Addr;
 #[inline(always)]
 pub(super) fn carries<A: Addr, K: Kernel>(kernel: &K, headers: &Headers<A>, ours: A) -> bool {
     headers.key.proto == UDP
-        && headers.key.dport == kernel.overlay_port()
-        && kernel.device().is_some_and(|device| ours == A::masquerade_addr(device))
+        && kernel
+            .overlay()
+            .is_some_and(|overlay| headers.key.dport == overlay.port && ours == A::carrier_addr(overlay))
 }

@@ -6,8 +6,8 @@ use crate::support::cluster::{BACKEND, BOTH, CLIENT, Net, OVERLAY, UPLINK, clust
 use crate::support::world::{Fam, Hook, World};
 use lb_common::addr::{Ip4, Ip6, NetPort};
 use lb_common::datapath::Reason;
-use lb_common::maps::{FlowKey, stance};
-use std::net::SocketAddr;
+use lb_common::maps::{FlowKey, Overlay, stance};
+use std::net::{IpAddr, SocketAddr};
 
 const FIRST: [L4; 2] = [L4::Tcp(SYN), L4::Udp];
 
@@ -251,7 +251,11 @@ fn what_carries_overlays_is_left_alone() {
         assert_eq!(leaves(&world, ours, theirs, l4), Some(ours));
         assert_eq!(entries(&world, v6), 2, "as a flow that somebody else has masqueraded");
         world = cluster();
-        world.overlay_port = NetPort::new(8472);
+        let port = NetPort::new(8472);
+        world.overlay = match n.node {
+            IpAddr::V4(node) => Overlay { port, addr4: node.into(), ..Overlay::default() },
+            IpAddr::V6(node) => Overlay { port, addr6: node.into(), ..Overlay::default() },
+        };
         assert_eq!(leaves(&world, ours, theirs, l4), Some(ours));
         let (there, here) = (sock(n.internet, 20_000), sock(n.node, 8472));
         assert_eq!(comes(&world, there, here, l4), Some(here));

@@ -7,7 +7,7 @@ use lb_common::datapath::{
 };
 use lb_common::maps::{
     Addr, Affinity, AffinityKey, Device, Flow, FlowKey, Fragment, FragmentKey, Frontend, FrontendKey, Held,
-    Range, Set, Slot, SlotGroup, SlotGroupKey, SlotKey, stance,
+    Overlay, Range, Set, Slot, SlotGroup, SlotGroupKey, SlotKey, stance,
 };
 use std::cell::{Cell, RefCell, UnsafeCell};
 use std::collections::{HashMap, HashSet};
@@ -85,14 +85,9 @@ impl<A: Fam> Family<A> {
     pub(crate) fn enter(&self, key: FlowKey<A>, flow: Flow<A>) {
         let old = self.flows.borrow_mut().insert(key, Box::new(UnsafeCell::new(flow)));
         if old.is_none() {
-            self.mark(&key);
+            *self.marks.borrow_mut().entry(key.mark()).or_default() += 1;
         }
         self.removed.borrow_mut().extend(old);
-    }
-
-    /// Marks an entry once more than it is there: a mark outlives it for as long as it takes the sweep to make it again.
-    pub(crate) fn mark(&self, key: &FlowKey<A>) {
-        *self.marks.borrow_mut().entry(key.mark()).or_default() += 1;
     }
 
     /// Takes one flow entry away.
@@ -102,6 +97,14 @@ impl<A: Fam> Family<A> {
             *self.marks.borrow_mut().entry(key.mark()).or_default() -= 1;
         }
         self.removed.borrow_mut().extend(entry);
+    }
+
+    /// Whether any entry has that mark, or another of its flow: what a sweep keeps.
+    fn is_marked(&self, mark: u32) -> bool {
+        let marks = |flow: &Flow<A>| {
+            flow.is_ours() && flow.entries().iter().flatten().any(|other| other.mark() == mark)
+        };
+        self.marks.borrow().get(&mark).is_some_and(|entries| *entries > 0) || self.flows().values().any(marks)
     }
 }
 
@@ -122,7 +125,7 @@ pub(crate) struct World {
     pub(crate) routes: HashMap<IpAddr, u32>,
     pub(crate) now: Cell<u32>,
     pub(crate) stance: Cell<u32>,
-    pub(crate) overlay_port: NetPort,
+    pub(crate) overlay: Overlay,
     /// Packets that were left to whoever comes next.
     pub(crate) left: Cell<usize>,
     /// Another version's programs, which come next.
@@ -159,7 +162,7 @@ impl World {
             routes: HashMap::new(),
             now: Cell::new(100),
             stance: Cell::new(stance::SERVE),
-            overlay_port: NetPort::default(),
+            overlay: Overlay::default(),
             left: Cell::new(0),
             behind: None,
             capacity: usize::MAX,
@@ -316,8 +319,8 @@ impl Kernel for World {
         self.stance.get()
     }
 
-    fn overlay_port(&self) -> NetPort {
-        self.overlay_port
+    fn overlay(&self) -> Option<&Overlay> {
+        Some(&self.overlay)
     }
 
     fn hash_seed(&self) -> u32 {
@@ -423,7 +426,7 @@ impl<A: Fam> Tables<A> for World {
 
     fn may_have_flows(&self, key: &FlowKey<A>) -> bool {
         // As with marks of which none is old: the least that programs may be told.
-        A::of(self).marks.borrow().get(&key.mark()).is_some_and(|entries| *entries > 0)
+        A::of(self).is_marked(key.mark())
     }
 
     fn remember(&self, forward: &FlowKey<A>) {
@@ -438,6 +441,11 @@ impl<A: Fam> Tables<A> for World {
 
     fn remove_flow(&self, key: &FlowKey<A>) {
         A::of(self).lose(key);
+    }
+
+    fn may_be_served(&self, addr: A) -> bool {
+        // The least that programs may be told.
+        A::of(self).frontends.keys().any(|key| key.addr == addr)
     }
 
     fn frontend(&self, key: &FrontendKey<A>) -> Option<&Frontend> {

@@ -121,7 +121,7 @@ fn new_addresses_count_though_the_overlays_port_cannot_be_told() -> Result<()> {
         let ask = Ask::tcp(SocketAddr::new(new, 30080)).timeout(Duration::from_millis(500));
         eventually(Duration::from_secs(4), || answered(client, &ask).map(drop))?;
     }
-    let said = log(node).matches("tell the programs the overlays' port").count();
+    let said = log(node).matches("tell the programs of the overlays").count();
     ensure!(said == 1, "said {said} times:\n{}", log(node));
     Ok(())
 }

@@ -1,11 +1,12 @@
 //! The packets that carry overlays': the programs are told their port, and remember nothing of them.
 
+use std::net::IpAddr;
 use std::ops::RangeInclusive;
 
 use anyhow::{Context, Result, ensure};
 use aya::maps::{Array, HashMap, Map, MapData};
-use lb_common::addr::{Ip4, Ip6};
-use lb_common::maps::{Addr, Flow, FlowKey};
+use lb_common::addr::{Ip4, Ip6, NetPort};
+use lb_common::maps::{Addr, Flow, FlowKey, Overlay};
 use xtask::lab::Host;
 use xtask::probe::Ask;
 
@@ -19,10 +20,10 @@ const PORT: u16 = 8472;
 /// masqueraded, and entered.
 const MASQUERADE_PORTS: RangeInclusive<u16> = 10_000..=29_999;
 
-/// The port that the programs are told, as the bytes that it has in a packet.
-fn told(node: &Host) -> Result<[u8; 2]> {
+/// What the programs are told.
+fn told(node: &Host) -> Result<Overlay> {
     let map = MapData::from_pin(maps_dir(node).join("LB_OVERLAY"))?;
-    Array::try_from(Map::Array(map))?.get(&0, 0).context("read the overlays' port")
+    Array::try_from(Map::Array(map))?.get(&0, 0).context("read what carries overlays' packets")
 }
 
 /// How many entries a node's flow table has, and those of them that are an overlay's.
@@ -40,7 +41,14 @@ fn no_flow_is_entered_for_what_carries_an_overlays_packets() -> Result<()> {
     let cluster = cluster("overlay")?;
     let (nodes, pod) = ([0, 1].map(|node| cluster.lab().node(node)), cluster.lab().pod(0, 2));
     for node in nodes {
-        ensure!(told(node)? == PORT.to_be_bytes(), "{} is told {:?}", node.name(), told(node)?);
+        let mut wanted = Overlay { port: NetPort::new(PORT), ..Overlay::default() };
+        for ip in node.ips() {
+            match ip {
+                IpAddr::V4(ip) => wanted.addr4 = ip.into(),
+                IpAddr::V6(ip) => wanted.addr6 = ip.into(),
+            }
+        }
+        ensure!(told(node)? == wanted, "{} is told {:?}", node.name(), told(node)?);
         // Where vxlan takes its source ports from.
         let ports = format!("{} {}", MASQUERADE_PORTS.start(), MASQUERADE_PORTS.end());
         node.sysctl("ipv4.ip_local_port_range", &ports)?;

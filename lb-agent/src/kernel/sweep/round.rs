@@ -89,6 +89,10 @@ impl Round<'_> {
         read.for_each_flow(|key, flow| {
             swept.entries += 1;
             met.add(key);
+            if flow.is_ours() {
+                // One of its others that is lost is made again when a packet comes for it.
+                flow.entries().iter().flatten().for_each(|other| met.add(other));
+            }
             if flow.side == Side::Held as u8 {
                 // Whoever held it is gone.
                 swept.removed += usize::from(family.flows.remove(key).is_ok());
@@ -156,9 +160,10 @@ impl Round<'_> {
         let main_key = flow.key(Side::Forward);
         let there = family.flows.get(&main_key, 0).ok().filter(|main| main.same_origin(flow));
         let main = there.unwrap_or(*flow);
-        let mut keys = entries(&main);
+        let [forward, front, reply, back] = main.entries();
+        let mut keys = [forward, front, reply, back, None];
         if !keys.contains(&Some(*key)) {
-            keys[ENTRIES - 1] = Some(*key);
+            keys[4] = Some(*key);
         }
         let (mut found, mut youngest, mut seen) = (0, u32::MAX, Seen::default());
         for slot in &mut keys {
@@ -217,19 +222,3 @@ fn mend<A: NodeAddr>(family: &mut Family<A>, forward: &Flow<A>) -> bool {
 
 /// A packet may have made it in between.
 const NOEXIST: u64 = 1;
-
-/// A flow's own entries, and room for one that is none of them any more.
-const ENTRIES: usize = 5;
-
-/// The keys of all entries that the flow can have.
-fn entries<A: NodeAddr>(flow: &Flow<A>) -> [Option<FlowKey<A>>; ENTRIES] {
-    let dnat = flow.flags & Flow::<A>::DNAT != 0;
-    let masqueraded = flow.flags & Flow::<A>::MASQ_DONE != 0;
-    [
-        Some(flow.key(Side::Forward)),
-        dnat.then(|| flow.key(Side::Front)),
-        dnat.then(|| flow.key(Side::Reply)),
-        masqueraded.then(|| flow.key(Side::Back)),
-        None,
-    ]
-}

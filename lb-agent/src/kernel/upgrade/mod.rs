@@ -12,6 +12,7 @@ use super::ports::{self, Half};
 use super::programs::{self, Features};
 use super::sockets;
 use super::syscall::Update;
+use super::tables::Tables;
 use super::xdp;
 use crate::cli::{RunArgs, SocketLb};
 use anyhow::{Context as _, Result};
@@ -122,6 +123,7 @@ fn take_over(old: &Pins, pins: &Pins, args: &RunArgs, features: Features, begun:
     if !begun {
         maps::set_stance(pins, stance::LEAVE)?;
         let state = from_old(Update::New).tables(&STATE)?;
+        Tables::open(pins)?.renew_served()?;
         if state.lost > 0 {
             warn!(
                 "{} entries of the tables of Services have no place in version {}",

@@ -54,7 +54,7 @@ impl<A: NodeAddr> ClusterIps<A> {
                 kind: super::kind(crate::model::FrontendKind::ClusterIp),
                 ..Frontend::default()
             };
-            let written = A::tables(tables).frontends.insert(FrontendKey::address(addr), value, 0);
+            let written = A::tables(tables).serve(FrontendKey::address(addr), value);
             written.with_context(|| format!("write the ClusterIP {}", addr.into()))?;
         }
         *count += 1;

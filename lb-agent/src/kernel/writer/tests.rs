@@ -1,6 +1,7 @@
 //! Against real maps, in a BPF file system of the test's own.
 
 mod failures;
+mod served;
 
 use super::MapWriter;
 use crate::kernel::fill::Fill;
@@ -135,6 +136,7 @@ fn counts_are_right(writer: &MapWriter) {
         ("LB_NAME", tables.names.keys().count()),
     ];
     assert_eq!(expected.map(|(name, _)| (name, fill.get(name))), expected);
+    served::all_are_known(tables);
 }
 
 fn put(writer: &mut MapWriter, at: FrontendAddr, frontend: Frontend) {

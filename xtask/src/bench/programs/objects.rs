@@ -9,8 +9,8 @@ use aya::sys::{BpfHelper, is_helper_supported};
 use aya::{Ebpf, EbpfLoader};
 use lb_common::datapath::Reason;
 use lb_common::maps::{
-    Device, Flow, FlowKey, Frontend, FrontendKey, Presence, Slot, SlotGroup, SlotGroupKey, SlotKey, cidr,
-    flags,
+    Device, Flow, FlowKey, Frontend, FrontendKey, Presence, Served, Slot, SlotGroup, SlotGroupKey, SlotKey,
+    cidr, flags,
 };
 
 use super::super::packet::{self, End, Family, Transport, Who};
@@ -175,6 +175,9 @@ impl Loaded {
         let frontend = Frontend { internal: set, external: set, service: 1, kind: 1, ..Default::default() };
         let key = FrontendKey::new(vip.addr::<A>(), vip.port(), 6);
         self.hash(&name("LB_FRONT"))?.insert(key, frontend, 0)?;
+        let (served, place) = (name("LB_SERVED"), Served::of(key.addr));
+        let mut served: Array<&mut MapData, u64> = map(&mut self.0, &served)?.try_into()?;
+        served.set(place.word, place.bit, 0)?;
         let mut slots = self.hash(&name("LB_SLOT"))?;
         let mut groups = std::collections::BTreeMap::<_, SlotGroup<A>>::new();
         for index in 0..set.count {
