@@ -89,8 +89,8 @@ async fn serve(
     ports::reserve(&mut tables.ports)?;
     // A cleanup may have begun, and not ended.
     tables.stance.set(0, stance::SERVE, 0).context("serve what begins")?;
-    // Programs that do not go by it may have been served.
-    tables.renew_served()?;
+    // Others may have filled them.
+    tables.complete()?;
     let (exempt, config_file) = no_masquerade(&args);
     let mut writer = MapWriter::new(Tables::open(&pins)?, args.cluster_cidr.0.clone(), exempt);
     if args.socket_lb != SocketLb::Off
@@ -127,7 +127,7 @@ async fn serve(
     memory::give_back();
     let writer = Beside::new(writer, Guard::start(&pins)?);
     let devices =
-        follow_devices(Devices::new(attacher, xdp, pins, args.clone(), device_stats), events.clone());
+        follow_devices(Devices::new(attacher, xdp, pins, args.clone(), device_stats)?, events.clone());
     keep_plugin(&args)?;
     let source = source.start(node_name, events);
     let sync = tokio::spawn(sync::run(args.desired(), receiver, writer, reports));

@@ -436,33 +436,59 @@ impl Presence {
     }
 }
 
+/// A bit in an array of words.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Bit {
+    /// Index of the word.
+    pub word: u32,
+    /// The bit in it.
+    pub mask: u64,
+}
+
+impl Bit {
+    const fn at(place: u32) -> Self {
+        Self { word: place / u64::BITS, mask: 1 << (place % u64::BITS) }
+    }
+
+    /// Whether it is set, if that is the word.
+    #[inline(always)]
+    pub const fn is_in(self, word: u64) -> bool {
+        word & self.mask != 0
+    }
+}
+
 /// Which addresses have frontends, a bit for each of their hashes: most packets are for none, and a bit costs less than a
 /// look-up in the frontend table that finds nothing.
 ///
 /// Who enters a frontend sets its address's bit *before*. A bit that is set and should not be costs a look-up.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Served {
-    /// Index of the word.
-    pub word: u32,
-    /// The bit in it.
-    pub bit: u64,
-}
+#[derive(Clone, Copy, Debug)]
+pub struct Served;
 
 impl Served {
     /// How many words there are. With a frontend on each of 30,000 addresses, one in nine others has its bit set.
     pub const WORDS: u32 = 1 << 12;
 
-    /// An address's place.
+    /// An address's bit.
     #[inline(always)]
-    pub fn of<A: Addr>(addr: A) -> Self {
-        let place = (addr.spread() >> (u64::BITS - Self::WORDS.ilog2() - u64::BITS.ilog2())) as u32;
-        Self { word: place / u64::BITS, bit: 1 << (place % u64::BITS) }
+    pub fn bit<A: Addr>(addr: A) -> Bit {
+        Bit::at((addr.spread() >> (u64::BITS - Self::WORDS.ilog2() - u64::BITS.ilog2())) as u32)
     }
+}
 
-    /// Whether it may have frontends, if that is the word.
+/// Which devices have [`Device::MASQUERADE`], a bit for each index's end: most packets are on none of them.
+///
+/// Who gives a device the flag sets the bit *before*. A bit that is set and should not be costs a look-up.
+#[derive(Clone, Copy, Debug)]
+pub struct Masquerading;
+
+impl Masquerading {
+    /// How many words there are: room for 4096 indexes.
+    pub const WORDS: u32 = 1 << 6;
+
+    /// A device's bit, by its index.
     #[inline(always)]
-    pub const fn is_in(self, word: u64) -> bool {
-        word & self.bit != 0
+    pub const fn bit(index: u32) -> Bit {
+        Bit::at(index % (Self::WORDS * u64::BITS))
     }
 }
 
@@ -1269,13 +1295,13 @@ mod tests {
         let mut words = vec![0u64; Served::WORDS as usize];
         for n in 0..30_000u16 {
             let [high, low] = n.to_be_bytes();
-            let place = Served::of(addr(96, high, low));
-            assert!(place.bit.is_power_of_two());
-            words[place.word as usize] |= place.bit;
+            let bit = Served::bit(addr(96, high, low));
+            assert!(bit.mask.is_power_of_two());
+            words[bit.word as usize] |= bit.mask;
         }
         let looks_served = |&(high, low): &(u8, u8)| {
-            let place = Served::of(addr(244, high, low));
-            place.is_in(words[place.word as usize])
+            let bit = Served::bit(addr(244, high, low));
+            bit.is_in(words[bit.word as usize])
         };
         let pods = (0..100u8).flat_map(|high| (0..100).map(move |low| (high, low)));
         let wrong = pods.filter(looks_served).count();

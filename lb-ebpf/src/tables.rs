@@ -10,8 +10,8 @@ use lb_common::addr::{Ip4, Ip6};
 use lb_common::datapath::{FlowRef, Put, PutError, Reason, Taken};
 use lb_common::maps::{
     Addr, Affinity, AffinityKey, Device, Flow, FlowKey, Fragment, FragmentKey, Frontend, FrontendKey, Held,
-    Overlay, Presence, Range, Served, ServiceName, SlotGroup, SlotGroupKey, SocketKey, SocketPeer, SourceKey,
-    VtepKey, XdpDevice, flags,
+    Masquerading, Overlay, Presence, Range, Served, ServiceName, SlotGroup, SlotGroupKey, SocketKey,
+    SocketPeer, SourceKey, VtepKey, XdpDevice, flags,
 };
 
 // Written by the loader before the programs are verified, constant from then on.
@@ -100,6 +100,9 @@ pub(crate) static LB_EPOCH: Array<u32> = Array::with_max_entries(1 << 17, 0);
 /// By interface index.
 #[map]
 pub(crate) static LB_DEVICE: HashMap<u32, Device> = HashMap::with_max_entries(4096, BPF_F_NO_PREALLOC);
+/// Which of them masquerade: see [`Masquerading`].
+#[map]
+pub(crate) static LB_MASQUERADE: Array<u64> = Array::with_max_entries(Masquerading::WORDS, 0);
 /// What XDP has to know of devices: see `XdpDevice::place`.
 #[map]
 pub(crate) static LB_XDP: Array<XdpDevice> = Array::with_max_entries(XdpDevice::PLACES, 0);
@@ -325,8 +328,8 @@ pub(crate) fn put_flow<A: Maps>(key: &FlowKey<A>, flow: &Flow<A>, how: Put) -> R
 
 #[inline(always)]
 pub(crate) fn may_be_served<A: Maps>(addr: A) -> bool {
-    let place = Served::of(addr);
-    A::served().get(place.word).is_none_or(|word| place.is_in(*word))
+    let bit = Served::bit(addr);
+    A::served().get(bit.word).is_none_or(|word| bit.is_in(*word))
 }
 
 #[inline(always)]

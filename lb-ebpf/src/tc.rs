@@ -1,8 +1,8 @@
 //! The tc programs: packets and tables as `lb_common::datapath` wants them.
 
 use crate::tables::{
-    self, FLAGS, HASH_SEED, LB_BEGUN, LB_DEVICE, LB_OVERLAY, LB_PORTS, LB_SCRATCH, LB_STANCE, LB_TAKEN,
-    MASQ_FIRST, MASQ_LAST, Maps, RECENT, by_tables,
+    self, FLAGS, HASH_SEED, LB_BEGUN, LB_DEVICE, LB_MASQUERADE, LB_OVERLAY, LB_PORTS, LB_SCRATCH, LB_STANCE,
+    LB_TAKEN, MASQ_FIRST, MASQ_LAST, Maps, RECENT, by_tables,
 };
 use crate::{frames, next_hop};
 use aya_ebpf::bindings::{
@@ -22,8 +22,8 @@ use lb_common::datapath::{
     self, Context as _, Covered, FlowRef, Kernel, Packet, Reason, Reshape, Tables, Taken, Verdict, Wire,
 };
 use lb_common::maps::{
-    Addr, Affinity, AffinityKey, Device, FlowKey, Fragment, FragmentKey, Frontend, FrontendKey, Overlay,
-    Range, SlotGroup, SlotGroupKey, SourceKey, flags, seen_to, stance,
+    Addr, Affinity, AffinityKey, Device, FlowKey, Fragment, FragmentKey, Frontend, FrontendKey, Masquerading,
+    Overlay, Range, SlotGroup, SlotGroupKey, SourceKey, flags, seen_to, stance,
 };
 
 /// Destinations.
@@ -319,6 +319,12 @@ impl<const REDIRECTS: bool> Kernel for Around<REDIRECTS> {
     fn device(&self) -> Option<&Device> {
         // SAFETY: without preallocation an element is never reused under a reader.
         unsafe { LB_DEVICE.get(self.device_index()) }
+    }
+
+    #[inline(always)]
+    fn may_masquerade(&self) -> bool {
+        let bit = Masquerading::bit(self.device_index());
+        LB_MASQUERADE.get(bit.word).is_none_or(|word| bit.is_in(*word))
     }
 
     #[inline(always)]

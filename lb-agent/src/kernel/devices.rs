@@ -7,6 +7,7 @@ mod stats;
 pub use stats::Stats;
 
 use super::pins::Pins;
+use super::served::Masquerading;
 use super::tables;
 use super::xdp::Xdp;
 use crate::cli::{BridgeShortcut, Redirect, RunArgs};
@@ -47,6 +48,7 @@ pub struct Devices {
     xdp: Option<Xdp>,
     pins: Pins,
     args: RunArgs,
+    masquerading: Masquerading,
     attached: BTreeMap<u32, (String, Entry)>,
     /// When we last looked at what is attached.
     looked: Option<Instant>,
@@ -59,10 +61,20 @@ pub struct Devices {
 
 impl Devices {
     /// A manager that attaches what is pinned, and keeps `stats` of it.
-    pub fn new(attacher: Attacher, xdp: Option<Xdp>, pins: Pins, args: RunArgs, stats: Stats) -> Self {
+    ///
+    /// # Errors
+    /// If a map cannot be opened.
+    pub fn new(
+        attacher: Attacher,
+        xdp: Option<Xdp>,
+        pins: Pins,
+        args: RunArgs,
+        stats: Stats,
+    ) -> Result<Self> {
+        let masquerading = Masquerading::open(&pins)?;
         let attached = BTreeMap::new();
         let (looked, overlay, overlay_failed) = (None, None, false);
-        Self { attacher, xdp, pins, args, attached, looked, overlay, overlay_failed, stats }
+        Ok(Self { attacher, xdp, pins, args, masquerading, attached, looked, overlay, overlay_failed, stats })
     }
 
     /// Follows the devices until the receiver of the addresses is gone.
@@ -215,6 +227,7 @@ impl Devices {
     }
 
     fn serve(&mut self, link: &Link, role: Role, entry: Entry, look: bool) -> Result<()> {
+        self.masquerading.add(link.index, &entry)?;
         match self.attached.get(&link.index) {
             None => {
                 self.attacher.attach(&self.pins.lock()?, link, entry)?;

@@ -25,7 +25,7 @@ pub mod ports;
 pub mod presence;
 pub mod programs;
 pub mod remove;
-mod served;
+pub mod served;
 pub mod sockets;
 pub mod sweep;
 pub mod syscall;

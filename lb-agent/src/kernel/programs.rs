@@ -24,7 +24,7 @@ use tracing::warn;
 pub(crate) static OBJECT: &[u8] = aya::include_bytes_aligned!(concat!(env!("OUT_DIR"), "/lb-ebpf.o"));
 
 /// Every map of the object, all pinned.
-pub(crate) const MAPS: [&str; 33] = [
+pub(crate) const MAPS: [&str; 34] = [
     "LB_FLOW4",
     "LB_FLOW6",
     "LB_FRONT4",
@@ -46,6 +46,7 @@ pub(crate) const MAPS: [&str; 33] = [
     "LB_TAKEN",
     "LB_EPOCH",
     "LB_DEVICE",
+    "LB_MASQUERADE",
     "LB_OVERLAY",
     "LB_MARK",
     "LB_PRESENCE",

@@ -2,7 +2,7 @@
 
 use super::pins::Pins;
 use super::presence::Marks;
-use super::served::Served;
+use super::served::{Masquerading, Served};
 use super::syscall;
 use anyhow::{Context as _, Result};
 use aya::Pod;
@@ -55,6 +55,8 @@ pub struct Tables {
     pub epochs: Array<MapData, u32>,
     /// Devices by index.
     pub devices: HashMap<MapData, u32, Device>,
+    /// Those of them that masquerade.
+    pub masquerading: Masquerading,
     /// Ports not to masquerade to, a bit each.
     pub ports: Array<MapData, u64>,
     /// Counters by [`Reason`].
@@ -80,6 +82,7 @@ impl Tables {
             affinity_map: open(pins, "LB_AFFINITY")?,
             epochs: array(pins, "LB_EPOCH")?,
             devices: hash(pins, "LB_DEVICE")?,
+            masquerading: Masquerading::open(pins)?,
             ports: array(pins, "LB_PORTS")?,
             counters: PerCpuArray::try_from(Map::PerCpuArray(open(pins, "LB_COUNT")?))?,
             names: hash(pins, "LB_NAME")?,
@@ -95,6 +98,17 @@ impl Tables {
     pub fn renew_served(&mut self) -> Result<()> {
         self.v4.renew_served()?;
         self.v6.renew_served()
+    }
+
+    /// Before programs come that go by what is said beside the tables: says it of all that is in them.
+    ///
+    /// # Errors
+    /// If the maps cannot be read or written.
+    pub fn complete(&mut self) -> Result<()> {
+        self.renew_served()?;
+        let devices: Vec<_> =
+            self.devices.iter().collect::<Result<_, _>>().context("read the device table")?;
+        devices.into_iter().try_for_each(|(index, device)| self.masquerading.add(index, &device))
     }
 
     /// A counter, summed up over all CPUs.

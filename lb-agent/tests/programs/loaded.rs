@@ -11,8 +11,8 @@ use lb_agent::kernel::programs::{Features, held_places};
 use lb_common::addr::{Ip4, Ip6};
 use lb_common::datapath::Reason;
 use lb_common::maps::{
-    Device, Flow, FlowKey, Frontend, FrontendKey, Presence, Range, Served, SlotGroup, SlotGroupKey,
-    SourceKey, flags,
+    Device, Flow, FlowKey, Frontend, FrontendKey, Masquerading, Presence, Range, Served, SlotGroup,
+    SlotGroupKey, SourceKey, flags,
 };
 use nix::sched::{CloneFlags, unshare};
 use std::collections::HashMap as StdMap;
@@ -28,6 +28,7 @@ pub(crate) struct Loaded {
     programs: [&'static str; 2],
     devices: StdMap<u32, Device>,
     device: HashMap<MapData, u32, Device>,
+    masquerading: Array<MapData, u64>,
     epochs: Array<MapData, u32>,
     counters: PerCpuArray<MapData, u64>,
     presence: Array<MapData, Presence>,
@@ -81,6 +82,7 @@ impl Loaded {
             devices: world.devices.clone(),
             programs,
             device: typed(take(&mut ebpf, "LB_DEVICE")),
+            masquerading: typed(take(&mut ebpf, "LB_MASQUERADE")),
             epochs: typed(take(&mut ebpf, "LB_EPOCH")),
             counters: typed(take(&mut ebpf, "LB_COUNT")),
             v4: typed(take(&mut ebpf, "LB_FLOW4")),
@@ -149,6 +151,10 @@ impl Loaded {
     /// Runs a program. `None` where the kernel will not take such a frame for a test: it has to be too short for
     /// anything but to pass.
     pub(crate) fn try_run(&mut self, device: u32, hook: Hook, frame: &mut Frame) -> Option<Action> {
+        let masquerades = self.devices.get(&device).is_some_and(|d| d.flags & Device::MASQUERADE != 0);
+        let bit = Masquerading::bit(LOOPBACK);
+        let mask = if masquerades { bit.mask } else { 0 };
+        self.masquerading.set(bit.word, mask, 0).expect("say whether the device masquerades");
         match self.devices.get(&device) {
             Some(value) => self.device.insert(LOOPBACK, value, 0).expect("write the device"),
             None => {
@@ -204,9 +210,9 @@ fn fill<A: Fam + Pod>(ebpf: &mut Ebpf, world: &World, suffix: char) {
         typed(take(ebpf, &format!("LB_FRONT{suffix}")));
     let mut served: Array<MapData, u64> = typed(take(ebpf, &format!("LB_SERVED{suffix}")));
     for (key, value) in &family.frontends {
-        let place = Served::of(key.addr);
-        let word = served.get(&place.word, 0).expect("read which addresses are served");
-        served.set(place.word, word | place.bit, 0).expect("write which addresses are served");
+        let bit = Served::bit(key.addr);
+        let word = served.get(&bit.word, 0).expect("read which addresses are served");
+        served.set(bit.word, word | bit.mask, 0).expect("write which addresses are served");
         frontends.insert(key, value, 0).expect("write a frontend");
     }
     let mut slots: HashMap<MapData, SlotGroupKey, SlotGroup<A>> =

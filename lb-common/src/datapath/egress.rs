@@ -73,6 +73,10 @@ fn unknown<A: Wire, P: Packet, K: Tables<A>>(packet: &mut P, kernel: &K, headers
     if !begins && kernel.stance() != stance::DRAIN {
         return Verdict::Leave;
     }
+    let may_be_masqueraded = masquerade::is_masquerade_port(kernel, headers.key.sport);
+    if !may_be_masqueraded && !kernel.may_masquerade() {
+        return Verdict::Leave;
+    }
     let Some(device) = kernel.device() else { return Verdict::Pass };
     if begins {
         if !masquerade::may_be_new_or_lost(headers) {

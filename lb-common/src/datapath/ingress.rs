@@ -186,7 +186,7 @@ fn translate<A: Wire, P: Packet>(packet: &mut P, headers: &Headers<A>, flow: &Fl
 #[inline(always)]
 fn not_a_service<A: Addr, K: Tables<A>>(kernel: &K, headers: &Headers<A>) -> Verdict {
     if headers.starts_flow() {
-        if headers.key.proto == UDP {
+        if headers.key.proto == UDP && kernel.may_masquerade() {
             note_direct(kernel, headers);
         }
         return if headers.kind != Kind::EchoRequest

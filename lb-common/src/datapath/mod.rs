@@ -293,6 +293,8 @@ pub trait Kernel: Context {
     fn masquerade_ports(&self) -> (u16, u16);
     /// The device that the hook is on.
     fn device(&self) -> Option<&Device>;
+    /// Whether that device may have [`Device::MASQUERADE`].
+    fn may_masquerade(&self) -> bool;
     /// Its index.
     fn device_index(&self) -> u32;
     /// Another device that is served.

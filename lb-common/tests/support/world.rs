@@ -335,6 +335,11 @@ impl Kernel for World {
         self.devices.get(&self.ifindex.get())
     }
 
+    fn may_masquerade(&self) -> bool {
+        // The least that programs may be told.
+        self.device().is_some_and(|device| device.flags & Device::MASQUERADE != 0)
+    }
+
     fn device_index(&self) -> u32 {
         self.known_as.unwrap_or(self.ifindex.get())
     }

@@ -131,20 +131,34 @@ pub fn run(args: Args) -> Result<()> {
         let budget = Budget::new(args.time());
         traffic::measure(&mut Run { tools, depth, core, modes, budget }, &blocks, &mut results)
     });
+    let programs = measure_programs(&exe, core, depth, forwards.is_ok(), &mut results);
     // An hour's figures are not lost with the one that cannot be had.
-    if let Err(error) = &traffic {
-        results.omitted.push(format!("the rest of the traffic: {error:#}"));
-    }
-    results.programs = programs::measure(core, depth)?;
-    if forwards.is_ok() {
-        results.programs.extend(programs::forwarded(&exe, core, depth)?);
+    for (what, result) in [("the rest of the traffic", &traffic), ("the rest of the programs", &programs)] {
+        if let Err(error) = result {
+            results.omitted.push(format!("{what}: {error:#}"));
+        }
     }
     print!("{}", report::body(&results));
     let out = args.out.unwrap_or_else(|| workspace().join("target/bench"));
     report::write(&results, &out)?;
     println!("\nwritten: {}, bench.json and plots", shown(&out.join("bench.md")));
     traffic?;
+    programs?;
     if args.check { report::check(&results) } else { Ok(()) }
+}
+
+fn measure_programs(
+    agent: &Path,
+    core: usize,
+    depth: Depth,
+    forwards: bool,
+    results: &mut Results,
+) -> Result<()> {
+    results.programs = programs::measure(core, depth)?;
+    if forwards {
+        results.programs.extend(programs::forwarded(agent, core, depth)?);
+    }
+    Ok(())
 }
 
 impl Args {

@@ -9,8 +9,8 @@ use aya::sys::{BpfHelper, is_helper_supported};
 use aya::{Ebpf, EbpfLoader};
 use lb_common::datapath::Reason;
 use lb_common::maps::{
-    Device, Flow, FlowKey, Frontend, FrontendKey, Presence, Served, Slot, SlotGroup, SlotGroupKey, SlotKey,
-    cidr, flags,
+    Device, Flow, FlowKey, Frontend, FrontendKey, Masquerading, Presence, Served, Slot, SlotGroup,
+    SlotGroupKey, SlotKey, cidr, flags,
 };
 
 use super::super::packet::{self, End, Family, Transport, Who};
@@ -175,9 +175,9 @@ impl Loaded {
         let frontend = Frontend { internal: set, external: set, service: 1, kind: 1, ..Default::default() };
         let key = FrontendKey::new(vip.addr::<A>(), vip.port(), 6);
         self.hash(&name("LB_FRONT"))?.insert(key, frontend, 0)?;
-        let (served, place) = (name("LB_SERVED"), Served::of(key.addr));
+        let (served, bit) = (name("LB_SERVED"), Served::bit(key.addr));
         let mut served: Array<&mut MapData, u64> = map(&mut self.0, &served)?.try_into()?;
-        served.set(place.word, place.bit, 0)?;
+        served.set(bit.word, bit.mask, 0)?;
         let mut slots = self.hash(&name("LB_SLOT"))?;
         let mut groups = std::collections::BTreeMap::<_, SlotGroup<A>>::new();
         for index in 0..set.count {
@@ -226,6 +226,10 @@ impl Loaded {
                 ..Device::default()
             },
         };
+        let bit = Masquerading::bit(LOOPBACK);
+        let mask = if device.flags & Device::MASQUERADE == 0 { 0 } else { bit.mask };
+        let mut masquerading: Array<&mut MapData, u64> = map(&mut self.0, "LB_MASQUERADE")?.try_into()?;
+        masquerading.set(bit.word, mask, 0)?;
         Ok(self.hash("LB_DEVICE")?.insert(LOOPBACK, device, 0)?)
     }
 
