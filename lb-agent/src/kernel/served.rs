@@ -30,6 +30,13 @@ impl Masquerading {
         let word = self.0.get(&bit.word, 0).context("read which devices masquerade")?;
         self.0.set(bit.word, word | bit.mask, 0).context("write which devices masquerade")
     }
+
+    /// Whether the programs ask for the device's entry.
+    #[cfg(test)]
+    pub(super) fn is_known(&self, index: u32) -> bool {
+        let bit = maps::Masquerading::bit(index);
+        bit.is_in(self.0.get(&bit.word, 0).expect("a word"))
+    }
 }
 
 /// The bits of one family's served addresses. What it knows of the map is its own: there must not be two that write.

@@ -127,7 +127,10 @@ fn start(
             // That others do not get that far is a result, too.
             Err(error) if matches!(mode, Mode::Iptables | Mode::Nftables) => {
                 let what = format!("{}, {services} Services, {}", mode.name(), family.name());
-                results.omitted.push(format!("{what}: it does not start: {error:#}"));
+                // The rest is what was asked of it.
+                let why = format!("{error:#}");
+                let why = why.lines().next().unwrap_or_default();
+                results.omitted.push(format!("{what}: it does not start: {why}"));
                 continue;
             }
             Err(error) => return Err(error),

@@ -51,7 +51,7 @@ fn addresses_that_are_served_no_more_are_forgotten_when_they_are_many() {
 
 /// By an agent that did not set the bits, or of another version's tables.
 #[test]
-fn frontends_that_are_there_already_are_found() {
+fn what_is_there_already_is_found() {
     let bpffs = Bpffs::new();
     let (mut writer, _) = bpffs.writer();
     put(&mut writer, vip(1), frontend("web", EndpointSet::Reject));
@@ -62,7 +62,12 @@ fn frontends_that_are_there_already_are_found() {
     let v6: Ip6 = "fd00:96::1".parse::<std::net::Ipv6Addr>().expect("an address").into();
     tables.v6.frontends.insert(FrontendKey::new(v6, NetPort::new(80), 6), value, 0).expect("write");
     assert!(!is_known(&tables, vip(1)) && !tables.v6.served.is_known(v6));
-    bpffs.tables().renew_served().expect("as at a start");
+    let uplink = maps::Device { flags: maps::Device::MASQUERADE, ..maps::Device::default() };
+    tables.devices.insert(7, uplink, 0).expect("write");
+    tables.devices.insert(8, maps::Device::default(), 0).expect("write");
+    assert!(!tables.masquerading.is_known(7));
+    bpffs.tables().complete().expect("as at a start");
     all_are_known(&tables);
     assert_eq!(in_vain(&tables), 1);
+    assert!(tables.masquerading.is_known(7) && !tables.masquerading.is_known(8));
 }
