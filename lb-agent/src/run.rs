@@ -90,7 +90,7 @@ async fn serve(
     // A cleanup may have begun, and not ended.
     tables.stance.set(0, stance::SERVE, 0).context("serve what begins")?;
     // Others may have filled them.
-    tables.complete()?;
+    Tables::open(&pins)?.complete(&pins)?;
     let (exempt, config_file) = no_masquerade(&args);
     let mut writer = MapWriter::new(Tables::open(&pins)?, args.cluster_cidr.0.clone(), exempt);
     if args.socket_lb != SocketLb::Off

@@ -41,54 +41,59 @@ impl Masquerading {
 
 /// The bits of one family's served addresses. What it knows of the map is its own: there must not be two that write.
 pub(super) struct Served {
-    map: Array<MapData, u64>,
-    /// As they are in the map, once they have been read.
-    words: Vec<u64>,
+    pins: Pins,
+    name: String,
+    /// The map and what is in it, once it was needed: who only reads the tables does not need it.
+    opened: Option<(Array<MapData, u64>, Vec<u64>)>,
 }
 
 impl Served {
-    pub(super) fn open(pins: &Pins, name: &str) -> Result<Self> {
-        Ok(Self { map: array(pins, name)?, words: Vec::new() })
+    pub(super) fn new(pins: &Pins, name: String) -> Self {
+        Self { pins: pins.clone(), name, opened: None }
     }
 
     /// An address is about to have a frontend.
     pub(super) fn add<A: NodeAddr>(&mut self, addr: A) -> Result<()> {
-        self.read()?;
+        let (map, words) = self.open()?;
         let bit = maps::Served::bit(addr);
-        self.write(bit.word, self.words[bit.word as usize] | bit.mask)
+        let word = words[bit.word as usize] | bit.mask;
+        write(map, words, bit.word, word)
     }
 
     /// These are all that have any.
     pub(super) fn renew<A: NodeAddr>(&mut self, addrs: impl Iterator<Item = A>) -> Result<()> {
-        self.read()?;
-        let mut words = vec![0; self.words.len()];
+        let (map, words) = self.open()?;
+        let mut new = vec![0; words.len()];
         for bit in addrs.map(maps::Served::bit) {
-            words[bit.word as usize] |= bit.mask;
+            new[bit.word as usize] |= bit.mask;
         }
-        (0..).zip(words).try_for_each(|(index, word)| self.write(index, word))
+        (0..).zip(new).try_for_each(|(index, word)| write(map, words, index, word))
     }
 
     /// Whether the programs look for frontends of an address.
     #[cfg(test)]
     pub(super) fn is_known<A: NodeAddr>(&self, addr: A) -> bool {
+        let map: Array<_, u64> = array(&self.pins, &self.name).expect("the map");
         let bit = maps::Served::bit(addr);
-        bit.is_in(self.map.get(&bit.word, 0).expect("a word"))
+        bit.is_in(map.get(&bit.word, 0).expect("a word"))
     }
 
-    fn read(&mut self) -> Result<()> {
-        if self.words.is_empty() {
-            let words = (0..maps::Served::WORDS).map(|index| self.map.get(&index, 0));
-            self.words = words.collect::<Result<_, _>>().context("read which addresses are served")?;
+    fn open(&mut self) -> Result<&mut (Array<MapData, u64>, Vec<u64>)> {
+        if self.opened.is_none() {
+            let map = array(&self.pins, &self.name)?;
+            let words = (0..maps::Served::WORDS).map(|index| map.get(&index, 0));
+            let words = words.collect::<Result<_, _>>().context("read which addresses are served")?;
+            self.opened = Some((map, words));
         }
-        Ok(())
+        self.opened.as_mut().context("no map")
     }
+}
 
-    fn write(&mut self, index: u32, word: u64) -> Result<()> {
-        let known = &mut self.words[index as usize];
-        if *known != word {
-            self.map.set(index, word, 0).context("write which addresses are served")?;
-            *known = word;
-        }
-        Ok(())
+fn write(map: &mut Array<MapData, u64>, words: &mut [u64], index: u32, word: u64) -> Result<()> {
+    let known = &mut words[index as usize];
+    if *known != word {
+        map.set(index, word, 0).context("write which addresses are served")?;
+        *known = word;
     }
+    Ok(())
 }

@@ -55,8 +55,6 @@ pub struct Tables {
     pub epochs: Array<MapData, u32>,
     /// Devices by index.
     pub devices: HashMap<MapData, u32, Device>,
-    /// Those of them that masquerade.
-    pub masquerading: Masquerading,
     /// Ports not to masquerade to, a bit each.
     pub ports: Array<MapData, u64>,
     /// Counters by [`Reason`].
@@ -82,7 +80,6 @@ impl Tables {
             affinity_map: open(pins, "LB_AFFINITY")?,
             epochs: array(pins, "LB_EPOCH")?,
             devices: hash(pins, "LB_DEVICE")?,
-            masquerading: Masquerading::open(pins)?,
             ports: array(pins, "LB_PORTS")?,
             counters: PerCpuArray::try_from(Map::PerCpuArray(open(pins, "LB_COUNT")?))?,
             names: hash(pins, "LB_NAME")?,
@@ -104,11 +101,12 @@ impl Tables {
     ///
     /// # Errors
     /// If the maps cannot be read or written.
-    pub fn complete(&mut self) -> Result<()> {
+    pub fn complete(&mut self, pins: &Pins) -> Result<()> {
         self.renew_served()?;
+        let mut masquerading = Masquerading::open(pins)?;
         let devices: Vec<_> =
             self.devices.iter().collect::<Result<_, _>>().context("read the device table")?;
-        devices.into_iter().try_for_each(|(index, device)| self.masquerading.add(index, &device))
+        devices.into_iter().try_for_each(|(index, device)| masquerading.add(index, &device))
     }
 
     /// A counter, summed up over all CPUs.
@@ -143,7 +141,7 @@ impl<A: NodeAddr> Family<A> {
             flow_map: open(pins, &name("LB_FLOW"))?,
             marks: Marks::open(pins)?,
             frontends: hash(pins, &name("LB_FRONT"))?,
-            served: Served::open(pins, &name("LB_SERVED"))?,
+            served: Served::new(pins, name("LB_SERVED")),
             slots: hash(pins, &name("LB_SLOT"))?,
             cidrs: LpmTrie::try_from(Map::LpmTrie(open(pins, &name("LB_CIDR"))?))?,
             sources: LpmTrie::try_from(Map::LpmTrie(open(pins, &name("LB_SOURCE"))?))?,

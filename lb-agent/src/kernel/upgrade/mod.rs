@@ -123,7 +123,7 @@ fn take_over(old: &Pins, pins: &Pins, args: &RunArgs, features: Features, begun:
     if !begun {
         maps::set_stance(pins, stance::LEAVE)?;
         let state = from_old(Update::New).tables(&STATE)?;
-        Tables::open(pins)?.complete()?;
+        Tables::open(pins)?.complete(pins)?;
         if state.lost > 0 {
             warn!(
                 "{} entries of the tables of Services have no place in version {}",

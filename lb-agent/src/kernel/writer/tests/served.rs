@@ -1,6 +1,7 @@
 //! The bits of served addresses.
 
 use super::*;
+use crate::kernel::served::Masquerading;
 
 /// No frontend is there that the programs do not look for.
 pub(super) fn all_are_known(tables: &Tables) {
@@ -65,9 +66,10 @@ fn what_is_there_already_is_found() {
     let uplink = maps::Device { flags: maps::Device::MASQUERADE, ..maps::Device::default() };
     tables.devices.insert(7, uplink, 0).expect("write");
     tables.devices.insert(8, maps::Device::default(), 0).expect("write");
-    assert!(!tables.masquerading.is_known(7));
-    bpffs.tables().complete().expect("as at a start");
+    let masquerading = Masquerading::open(&bpffs.pins).expect("the map");
+    assert!(!masquerading.is_known(7));
+    bpffs.tables().complete(&bpffs.pins).expect("as at a start");
     all_are_known(&tables);
     assert_eq!(in_vain(&tables), 1);
-    assert!(tables.masquerading.is_known(7) && !tables.masquerading.is_known(8));
+    assert!(masquerading.is_known(7) && !masquerading.is_known(8));
 }
