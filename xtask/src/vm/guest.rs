@@ -50,7 +50,8 @@ pub fn run(args: Args) -> Result<()> {
     Ok(())
 }
 
-fn uptime() -> Result<f64> {
+/// Seconds since this kernel was started.
+pub(super) fn uptime() -> Result<f64> {
     let uptime = fs::read_to_string("/proc/uptime")?;
     uptime.split(' ').next().and_then(|s| s.parse().ok()).context("parse /proc/uptime")
 }

@@ -26,12 +26,13 @@ pub(super) struct Check {
 }
 
 impl Report {
-    /// Records a result and prints it to the guest's console.
+    /// Records a result and prints it to the guest's console, with the time since it was started.
     pub(super) fn check(&mut self, name: impl Into<String>, result: anyhow::Result<()>) {
         let check = Check { name: name.into(), failure: result.err().map(|e| format!("{e:#}")) };
+        let at = super::guest::uptime().unwrap_or_default();
         match &check.failure {
-            None => println!("ok    {}", check.name),
-            Some(why) => println!("FAIL  {}: {why}", check.name),
+            None => println!("{at:6.1} s  ok    {}", check.name),
+            Some(why) => println!("{at:6.1} s  FAIL  {}: {why}", check.name),
         }
         self.checks.push(check);
     }
