@@ -81,16 +81,17 @@ unsafe fn become_copy(skb: *mut __sk_buff, held: *const Held) -> bool {
     }
 }
 
-/// Sends what was kept, and then leaves the packet as it was.
+/// Sends what was kept, and then leaves the packet as it was. Verified by itself, as what is in [`crate::apart`].
+#[unsafe(no_mangle)]
 #[inline(never)]
-pub(crate) fn release(skb: *mut __sk_buff, last: u32, incoming: bool) -> u32 {
+pub(crate) extern "C" fn release(skb: *mut __sk_buff, last: u32, incoming: u32) -> u32 {
     let Some(own) = LB_FRAME.get_ptr_mut(0) else { return 0 };
     // SAFETY: this CPU's own; what is sent below runs our programs again, but those are later fragments, which do not
     // come here.
     if !unsafe { copy(skb, own) } {
         return 0;
     }
-    let flags = if incoming { u64::from(BPF_F_INGRESS) } else { 0 };
+    let flags = if incoming != 0 { u64::from(BPF_F_INGRESS) } else { 0 };
     let mut id = last;
     for _ in 0..MAX_HELD {
         let Some(held) = LB_HELD.get_ptr_mut(place(id)) else { break };

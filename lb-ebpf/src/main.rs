@@ -1,6 +1,7 @@
 //! The kernel programs. Only glue: the logic is in `lb_common`, where it runs under test.
 //!
 //! - `tc`: `ingress` and `egress`, attached to every pod veth, uplink and overlay device.
+//! - `apart`: what is verified by itself.
 //! - `frames`: packets that are kept for a while.
 //! - `next_hop`: the bridge short-cut.
 //! - `sockets`: the cgroup hooks for host processes.
@@ -8,6 +9,8 @@
 //! - `xdp`: the accelerator for traffic that only passes through.
 #![cfg_attr(target_arch = "bpf", no_std, no_main)]
 
+#[cfg(target_arch = "bpf")]
+mod apart;
 #[cfg(target_arch = "bpf")]
 mod frames;
 #[cfg(target_arch = "bpf")]

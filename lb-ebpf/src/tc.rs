@@ -4,7 +4,7 @@ use crate::tables::{
     self, FLAGS, HASH_SEED, LB_BEGUN, LB_DEVICE, LB_MASQUERADE, LB_OVERLAY, LB_PORTS, LB_SCRATCH, LB_STANCE,
     LB_TAKEN, MASQ_FIRST, MASQ_LAST, Maps, RECENT, by_tables,
 };
-use crate::{frames, next_hop};
+use crate::{apart, frames, next_hop};
 use aya_ebpf::bindings::{
     __sk_buff, BPF_F_MARK_MANGLED_0, BPF_F_PSEUDO_HDR, TC_ACT_SHOT, TC_ACT_UNSPEC, bpf_adj_room_mode,
     bpf_sock,
@@ -19,7 +19,8 @@ use core::ptr::NonNull;
 use lb_common::addr::{Ip4, Ip6};
 use lb_common::checksum::Sum;
 use lb_common::datapath::{
-    self, Context as _, Covered, FlowRef, Kernel, Packet, Reason, Reshape, Tables, Taken, Verdict, Wire,
+    self, Apart, Context as _, Covered, FlowRef, Kernel, Packet, Reason, Reshape, Tables, Taken, Verdict,
+    Wire,
 };
 use lb_common::maps::{
     Addr, Affinity, AffinityKey, Device, FlowKey, Fragment, FragmentKey, Frontend, FrontendKey, Masquerading,
@@ -386,7 +387,7 @@ impl<const REDIRECTS: bool> Kernel for Around<REDIRECTS> {
 
     #[inline(always)]
     fn release<P: Packet>(&self, _: &mut P, last: u32, incoming: bool) {
-        frames::release(self.0, last, incoming);
+        frames::release(self.0, last, incoming.into());
     }
 
     #[inline(always)]
@@ -409,6 +410,28 @@ impl<const REDIRECTS: bool> Kernel for Around<REDIRECTS> {
             place.write_volatile(number);
             place.read_volatile()
         }
+    }
+}
+
+impl<A: Maps, const REDIRECTS: bool> Apart<A> for Around<REDIRECTS> {
+    #[inline(always)]
+    fn put_draft(&self, side: u32) -> u32 {
+        if A::IS_V4 { apart::put_draft4(side) } else { apart::put_draft6(side) }
+    }
+
+    #[inline(always)]
+    fn free_port(&self) -> u32 {
+        if A::IS_V4 { apart::free_port4(self.0) } else { apart::free_port6(self.0) }
+    }
+
+    #[inline(always)]
+    fn port_of_closed(&self) -> u32 {
+        if A::IS_V4 { apart::port_of_closed4() } else { apart::port_of_closed6() }
+    }
+
+    #[inline(always)]
+    fn own_port(&self) -> u32 {
+        if A::IS_V4 { apart::own_port4() } else { apart::own_port6() }
     }
 }
 

@@ -50,29 +50,29 @@ fn connected<A: Addr, K: Tables<A>>(kernel: &K, flow: &Flow<A>) -> bool {
 }
 
 /// What becomes of an attempt to enter.
-const ENTERED: u32 = 0;
-const NO_ROOM: u32 = 1;
-const TAKEN: u32 = 2;
+const ENTERED: Outcome = 0;
+const NO_ROOM: Outcome = 1;
+const TAKEN: Outcome = 2;
 
 /// All or none: half of a flow that was refused would translate the replies of the one that it collided with.
 #[inline(always)]
-fn put_all<A: Addr, K: Tables<A>>(kernel: &K, draft: &FlowRef<'_, A>) -> u32 {
+fn put_all<A: Addr, K: Tables<A>>(kernel: &K, draft: &FlowRef<'_, A>) -> Outcome {
     if kernel.redirects() {
         note_client(kernel, draft);
     }
-    let result = put(kernel, draft, Side::Reply);
+    let result = kernel.put_draft(Side::Reply as u32);
     if kernel.redirects() {
         forget_client(draft);
     }
     if result != ENTERED {
         return result;
     }
-    let result = put(kernel, draft, Side::Forward);
+    let result = kernel.put_draft(Side::Forward as u32);
     if result != ENTERED {
         kernel.remove_flow(&draft.get().key(Side::Reply));
         return result;
     }
-    let result = put(kernel, draft, Side::Front);
+    let result = kernel.put_draft(Side::Front as u32);
     if result != ENTERED {
         kernel.remove_flow(&draft.get().key(Side::Forward));
         kernel.remove_flow(&draft.get().key(Side::Reply));
@@ -80,9 +80,10 @@ fn put_all<A: Addr, K: Tables<A>>(kernel: &K, draft: &FlowRef<'_, A>) -> u32 {
     result
 }
 
-/// Enters the draft as one side of the flow.
-#[inline(never)]
-fn put<A: Addr, K: Tables<A>>(kernel: &K, draft: &FlowRef<'_, A>, side: Side) -> u32 {
+/// Enters the draft as one side of the flow. See [`Apart::put_draft`](super::Apart).
+#[inline(always)]
+pub fn put_draft<A: Addr, K: Tables<A>>(kernel: &K, side: u32) -> Outcome {
+    let (Some(draft), Some(side)) = (kernel.draft(), Side::from_raw(side as u8)) else { return NO_ROOM };
     let key = draft.turn(side);
     let flow = draft.get();
     let result = match kernel.put_flow(&key, flow, Put::New) {

@@ -37,7 +37,7 @@ pub(super) fn new_flow<A: Wire, P: Packet, K: Tables<A>>(
             }
             return taken;
         }
-    } else if !own_port(kernel, &draft, device) {
+    } else if !has_port(kernel, &draft, device) {
         return Verdict::Pass.raw();
     }
     enter(packet, kernel, headers, &draft)
@@ -153,25 +153,26 @@ pub(super) fn take_port<A: Addr, K: Tables<A>>(
     draft: &FlowRef<'_, A>,
     device: &Device,
 ) -> Outcome {
-    match free_port(kernel, draft, device) {
-        // One after the other, not one in the other: the stack is short.
-        EXHAUSTED => port_of_closed(kernel, draft),
-        outcome => outcome,
-    }
-}
-
-/// A free port.
-///
-/// The candidates follow from the hash of the tuple, so that a flow whose forward entry was lost finds its own port
-/// again.
-#[inline(never)]
-fn free_port<A: Addr, K: Tables<A>>(kernel: &K, draft: &FlowRef<'_, A>, device: &Device) -> Outcome {
     let addr = A::masquerade_addr(device);
     if addr == A::default() {
         return Verdict::Drop(Reason::NoMasqueradeAddress).raw();
     }
-    let mut ports = Ports::new(kernel, &draft.get().key(Side::Forward));
     draft.masquerade(addr, kernel.device_index());
+    match kernel.free_port() {
+        // One after the other, not one in the other: the stack is short.
+        EXHAUSTED => kernel.port_of_closed(),
+        outcome => outcome,
+    }
+}
+
+/// A free port for the draft, whose masquerade address is set. See [`Apart::free_port`](super::Apart).
+///
+/// The candidates follow from the hash of the tuple, so that a flow whose forward entry was lost finds its own port
+/// again.
+#[inline(always)]
+pub fn free_port<A: Addr, K: Tables<A>>(kernel: &K) -> Outcome {
+    let Some(draft) = kernel.draft() else { return EXHAUSTED };
+    let mut ports = Ports::new(kernel, &draft.get().key(Side::Forward));
     for _ in 0..PORT_TRIES {
         let Some(port) = ports.next_free(kernel) else { continue };
         draft.set_masq_port(NetPort::new(port));
@@ -197,8 +198,10 @@ fn free_port<A: Addr, K: Tables<A>>(kernel: &K, draft: &FlowRef<'_, A>, device: 
 }
 
 /// No port was free: takes one from a connection that is over. netfilter uses such ports again, too (`nf_nat_used_tuple`).
-#[inline(never)]
-fn port_of_closed<A: Addr, K: Tables<A>>(kernel: &K, draft: &FlowRef<'_, A>) -> Outcome {
+/// See [`Apart::port_of_closed`](super::Apart).
+#[inline(always)]
+pub fn port_of_closed<A: Addr, K: Tables<A>>(kernel: &K) -> Outcome {
+    let Some(draft) = kernel.draft() else { return EXHAUSTED };
     let mut ports = Ports::new(kernel, &draft.get().key(Side::Forward));
     for _ in 0..CLOSED_TRIES {
         let Some(port) = ports.next_free(kernel) else { continue };
@@ -231,10 +234,20 @@ fn port_of_closed<A: Addr, K: Tables<A>>(kernel: &K, draft: &FlowRef<'_, A>) -> 
 }
 
 /// Finds the port that the flow has already, if it has one.
-#[inline(never)]
-pub(super) fn own_port<A: Addr, K: Tables<A>>(kernel: &K, draft: &FlowRef<'_, A>, device: &Device) -> bool {
-    let mut ports = Ports::new(kernel, &draft.get().key(Side::Forward));
+#[inline(always)]
+pub(super) fn has_port<A: Addr, K: Tables<A>>(kernel: &K, draft: &FlowRef<'_, A>, device: &Device) -> bool {
     draft.masquerade(A::masquerade_addr(device), kernel.device_index());
+    kernel.own_port() == FOUND
+}
+
+/// What [`own_port`] says if there is one.
+const FOUND: Outcome = 1;
+
+/// The port that the draft, whose masquerade address is set, has already. See [`Apart::own_port`](super::Apart).
+#[inline(always)]
+pub fn own_port<A: Addr, K: Tables<A>>(kernel: &K) -> Outcome {
+    let Some(draft) = kernel.draft() else { return 0 };
+    let mut ports = Ports::new(kernel, &draft.get().key(Side::Forward));
     let mut port = 0;
     for i in 0..2 * OWN_TRIES {
         // What is reserved now need not have been reserved then, nor the other way round.
@@ -242,8 +255,8 @@ pub(super) fn own_port<A: Addr, K: Tables<A>>(kernel: &K, draft: &FlowRef<'_, A>
         draft.set_masq_port(NetPort::new(port));
         let flow = draft.get();
         if kernel.flow(&flow.key(Side::Back)).is_some_and(|other| other.get().same_origin(flow)) {
-            return true;
+            return FOUND;
         }
     }
-    false
+    0
 }

@@ -6,7 +6,7 @@
 //! that port, as if we had given it; if it is taken, the flow gets another one, as any other would.
 
 use super::enter::FULL;
-use super::masquerade::{enter, is_masquerade_port, own_port, take_port};
+use super::masquerade::{enter, has_port, is_masquerade_port, take_port};
 use super::parse::{Headers, Wire};
 use super::{FlowRef, Kernel, Outcome, Packet, Put, PutError, Tables, Verdict};
 use crate::maps::{Addr, Device, DeviceIndex, Flow, FrontendKey, Side};
@@ -42,7 +42,7 @@ pub(super) fn keep_port<A: Wire, P: Packet, K: Tables<A>>(
                 return taken;
             }
         }
-        Err(PutError::Taken) if own_port(kernel, &draft, device) => {}
+        Err(PutError::Taken) if has_port(kernel, &draft, device) => {}
         // The middle of a connection that began with this port, before we knew of it.
         Err(PutError::Taken) => return Verdict::Pass.raw(),
     }

@@ -59,7 +59,7 @@ pub enum Verdict {
 ///
 /// The paths that are not every packet's are functions of their own, so that their variables do not add up on the
 /// 512-byte stack.
-pub(crate) type Outcome = u32;
+pub type Outcome = u32;
 
 impl Verdict {
     /// As [`Outcome`].
@@ -336,7 +336,7 @@ pub trait Kernel: Context {
 }
 
 /// The maps and helpers of one family.
-pub trait Tables<A: Addr>: Kernel + Flows<A> {
+pub trait Tables<A: Addr>: Kernel + Flows<A> + Apart<A> {
     /// A place to make a flow up in before it is entered: there is one, and little room on the stack.
     fn draft(&self) -> Option<FlowRef<'_, A>>;
     /// Remembers a new flow by its [`Side::Forward`] key, in place of the oldest that is remembered.
@@ -377,6 +377,26 @@ pub trait Tables<A: Addr>: Kernel + Flows<A> {
     fn fragment(&self, key: &FragmentKey<A>) -> Option<&Fragment>;
     /// Remembers it. Best effort: the table is an LRU one.
     fn put_fragment(&self, key: &FragmentKey<A>, fragment: &Fragment);
+}
+
+/// Work on the draft, which is all that it goes by: what a verifier can look at by itself, once, and not once for each way
+/// that leads to it. Where there is a verifier, each calls the function of the same name in [`apart`], as a function of its
+/// own.
+pub trait Apart<A: Addr> {
+    /// Enters it as one of the flow's [`Side`]s.
+    fn put_draft(&self, side: u32) -> Outcome;
+    /// Takes a free port of its masquerade address.
+    fn free_port(&self) -> Outcome;
+    /// Takes a port from a connection that is over.
+    fn port_of_closed(&self) -> Outcome;
+    /// Finds the port that it has already.
+    fn own_port(&self) -> Outcome;
+}
+
+/// What [`Apart`] is.
+pub mod apart {
+    pub use super::enter::put_draft;
+    pub use super::masquerade::{free_port, own_port, port_of_closed};
 }
 
 /// That a masquerade port was taken for a flow, in a table of fixed size: a place, and what tells it from others that

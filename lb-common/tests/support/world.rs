@@ -3,7 +3,8 @@
 use super::frame::Frame;
 use lb_common::addr::{Ip4, Ip6, NetPort};
 use lb_common::datapath::{
-    self, Context, FlowRef, Flows, Kernel, Packet, Put, PutError, Reason, Tables, Taken, Verdict, Wire,
+    self, Apart, Context, FlowRef, Flows, Kernel, Packet, Put, PutError, Reason, Tables, Taken, Verdict,
+    Wire, apart,
 };
 use lb_common::maps::{
     Addr, Affinity, AffinityKey, Device, Flow, FlowKey, Fragment, FragmentKey, Frontend, FrontendKey, Held,
@@ -420,6 +421,24 @@ impl<A: Fam> Flows<A> for World {
         }
         family.enter(*key, *flow);
         Ok(())
+    }
+}
+
+impl<A: Fam> Apart<A> for World {
+    fn put_draft(&self, side: u32) -> u32 {
+        apart::put_draft::<A, _>(self, side)
+    }
+
+    fn free_port(&self) -> u32 {
+        apart::free_port::<A, _>(self)
+    }
+
+    fn port_of_closed(&self) -> u32 {
+        apart::port_of_closed::<A, _>(self)
+    }
+
+    fn own_port(&self) -> u32 {
+        apart::own_port::<A, _>(self)
     }
 }
 
