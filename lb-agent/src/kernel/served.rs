@@ -1,13 +1,15 @@
 //! The bits that save look-ups: see [`lb_common::maps::Served`] and [`lb_common::maps::Masquerading`].
 
 use super::pins::Pins;
-use super::tables::{NodeAddr, array};
+use super::syscall;
+use super::tables::{NodeAddr, array, open};
 use anyhow::{Context as _, Result};
 use aya::maps::{Array, MapData};
-use lb_common::maps;
+use lb_common::maps::{self, Bit};
+use std::os::fd::AsFd as _;
 
 /// The bits of devices that masquerade. None is ever cleared: a device that stops is looked up in vain.
-pub struct Masquerading(Array<MapData, u64>);
+pub struct Masquerading(Bits);
 
 impl Masquerading {
     /// The pinned ones.
@@ -15,7 +17,7 @@ impl Masquerading {
     /// # Errors
     /// If they cannot be opened.
     pub fn open(pins: &Pins) -> Result<Self> {
-        array(pins, "LB_MASQUERADE").map(Self)
+        Bits::open(pins, "LB_MASQUERADE").map(Self)
     }
 
     /// A device is about to have that entry.
@@ -26,25 +28,22 @@ impl Masquerading {
         if device.flags & maps::Device::MASQUERADE == 0 {
             return Ok(());
         }
-        let bit = maps::Masquerading::bit(index);
-        let word = self.0.get(&bit.word, 0).context("read which devices masquerade")?;
-        self.0.set(bit.word, word | bit.mask, 0).context("write which devices masquerade")
+        self.0.set(maps::Masquerading::bit(index))
     }
 
     /// Whether the programs ask for the device's entry.
     #[cfg(test)]
-    pub(super) fn is_known(&self, index: u32) -> bool {
-        let bit = maps::Masquerading::bit(index);
-        bit.is_in(self.0.get(&bit.word, 0).expect("a word"))
+    pub(super) fn is_known(pins: &Pins, index: u32) -> bool {
+        is_set(pins, "LB_MASQUERADE", maps::Masquerading::bit(index))
     }
 }
 
-/// The bits of one family's served addresses. What it knows of the map is its own: there must not be two that write.
+/// The bits of one family's served addresses.
 pub(super) struct Served {
     pins: Pins,
     name: String,
-    /// The map and what is in it, once it was needed: who only reads the tables does not need it.
-    opened: Option<(Array<MapData, u64>, Vec<u64>)>,
+    /// Once they were needed: who only reads the tables does not need them.
+    opened: Option<Bits>,
 }
 
 impl Served {
@@ -54,46 +53,73 @@ impl Served {
 
     /// An address is about to have a frontend.
     pub(super) fn add<A: NodeAddr>(&mut self, addr: A) -> Result<()> {
-        let (map, words) = self.open()?;
-        let bit = maps::Served::bit(addr);
-        let word = words[bit.word as usize] | bit.mask;
-        write(map, words, bit.word, word)
+        self.bits()?.set(maps::Served::bit(addr))
     }
 
     /// These are all that have any.
     pub(super) fn renew<A: NodeAddr>(&mut self, addrs: impl Iterator<Item = A>) -> Result<()> {
-        let (map, words) = self.open()?;
-        let mut new = vec![0; words.len()];
-        for bit in addrs.map(maps::Served::bit) {
-            new[bit.word as usize] |= bit.mask;
-        }
-        (0..).zip(new).try_for_each(|(index, word)| write(map, words, index, word))
+        self.bits()?.renew(addrs.map(maps::Served::bit))
     }
 
     /// Whether the programs look for frontends of an address.
     #[cfg(test)]
     pub(super) fn is_known<A: NodeAddr>(&self, addr: A) -> bool {
-        let map: Array<_, u64> = array(&self.pins, &self.name).expect("the map");
-        let bit = maps::Served::bit(addr);
-        bit.is_in(map.get(&bit.word, 0).expect("a word"))
+        is_set(&self.pins, &self.name, maps::Served::bit(addr))
     }
 
-    fn open(&mut self) -> Result<&mut (Array<MapData, u64>, Vec<u64>)> {
+    fn bits(&mut self) -> Result<&mut Bits> {
         if self.opened.is_none() {
-            let map = array(&self.pins, &self.name)?;
-            let words = (0..maps::Served::WORDS).map(|index| map.get(&index, 0));
-            let words = words.collect::<Result<_, _>>().context("read which addresses are served")?;
-            self.opened = Some((map, words));
+            self.opened = Some(Bits::open(&self.pins, &self.name)?);
         }
         self.opened.as_mut().context("no map")
     }
 }
 
-fn write(map: &mut Array<MapData, u64>, words: &mut [u64], index: u32, word: u64) -> Result<()> {
-    let known = &mut words[index as usize];
-    if *known != word {
-        map.set(index, word, 0).context("write which addresses are served")?;
-        *known = word;
+/// An array of bits. What it knows of the map is its own: there must not be two at a time that write.
+struct Bits {
+    name: String,
+    map: Array<MapData, u64>,
+    /// What is in it.
+    words: Vec<u64>,
+}
+
+impl Bits {
+    fn open(pins: &Pins, name: &str) -> Result<Self> {
+        let map = array(pins, name)?;
+        let mut words = vec![0; map.len() as usize];
+        syscall::for_each(open(pins, name)?.fd().as_fd(), |index: &u32, word: &u64| {
+            words[*index as usize] = *word;
+            Ok(())
+        })
+        .with_context(|| format!("read the bits of {name}"))?;
+        Ok(Self { name: name.to_owned(), map, words })
     }
-    Ok(())
+
+    fn set(&mut self, bit: Bit) -> Result<()> {
+        self.write(bit.word, self.words[bit.word as usize] | bit.mask)
+    }
+
+    /// These are all that are set.
+    fn renew(&mut self, bits: impl Iterator<Item = Bit>) -> Result<()> {
+        let mut words = vec![0; self.words.len()];
+        for bit in bits {
+            words[bit.word as usize] |= bit.mask;
+        }
+        (0..).zip(words).try_for_each(|(index, word)| self.write(index, word))
+    }
+
+    fn write(&mut self, index: u32, word: u64) -> Result<()> {
+        let known = &mut self.words[index as usize];
+        if *known != word {
+            self.map.set(index, word, 0).with_context(|| format!("write the bits of {}", self.name))?;
+            *known = word;
+        }
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+fn is_set(pins: &Pins, name: &str, bit: Bit) -> bool {
+    let map: Array<_, u64> = array(pins, name).expect("the map");
+    bit.is_in(map.get(&bit.word, 0).expect("a word"))
 }

@@ -29,6 +29,8 @@ pub struct Family<A: NodeAddr> {
     marks: Marks,
     /// What is served; to be entered by [`Family::serve`].
     pub frontends: HashMap<MapData, FrontendKey<A>, Frontend>,
+    /// The same map again, as for the flows.
+    frontend_map: MapData,
     /// Of the frontends' addresses.
     pub(super) served: Served,
     /// The backends of each set, see [`Family::slot`].
@@ -141,6 +143,7 @@ impl<A: NodeAddr> Family<A> {
             flow_map: open(pins, &name("LB_FLOW"))?,
             marks: Marks::open(pins)?,
             frontends: hash(pins, &name("LB_FRONT"))?,
+            frontend_map: open(pins, &name("LB_FRONT"))?,
             served: Served::new(pins, name("LB_SERVED")),
             slots: hash(pins, &name("LB_SLOT"))?,
             cidrs: LpmTrie::try_from(Map::LpmTrie(open(pins, &name("LB_CIDR"))?))?,
@@ -174,8 +177,22 @@ impl<A: NodeAddr> Family<A> {
     /// # Errors
     /// If the maps cannot be read or written.
     pub fn renew_served(&mut self) -> Result<()> {
-        let keys: Vec<_> = self.frontends.keys().collect::<Result<_, _>>().context("read the frontends")?;
-        self.served.renew(keys.into_iter().map(|key| key.addr))
+        let frontends = self.all_frontends()?;
+        self.served.renew(frontends.iter().map(|(key, _)| key.addr))
+    }
+
+    /// What is served.
+    ///
+    /// # Errors
+    /// If the map cannot be read.
+    pub fn all_frontends(&self) -> Result<Vec<(FrontendKey<A>, Frontend)>> {
+        let mut all = Vec::new();
+        syscall::for_each(self.frontend_map.fd().as_fd(), |key: &FrontendKey<A>, frontend: &Frontend| {
+            all.push((*key, *frontend));
+            Ok(())
+        })
+        .context("read the frontends")?;
+        Ok(all)
     }
 
     /// Calls `each` with every flow entry.
@@ -209,7 +226,8 @@ pub(super) fn array<V: Pod>(pins: &Pins, name: &str) -> Result<Array<MapData, V>
     Array::try_from(Map::Array(open(pins, name)?)).with_context(|| format!("the pinned map {name}"))
 }
 
-fn open(pins: &Pins, name: &str) -> Result<MapData> {
+/// A pinned map, of which nothing is known.
+pub(super) fn open(pins: &Pins, name: &str) -> Result<MapData> {
     let path = pins.map(name);
     MapData::from_pin(&path).with_context(|| format!("open the pinned map {}", path.display()))
 }

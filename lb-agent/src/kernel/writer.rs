@@ -113,9 +113,11 @@ impl MapWriter {
 
     fn adopt_family<A: Own>(&mut self) -> Result<HashMap<FrontendAddr, Frontend>> {
         let mut frontends = HashMap::new();
-        let entries: Vec<_> = A::tables(&mut self.tables).frontends.iter().collect();
-        for entry in entries {
-            let (key, frontend) = entry.context("read the frontends")?;
+        let family = A::tables(&mut self.tables);
+        let entries = family.all_frontends()?;
+        // Of those among them that are orphans, bits stay that are not needed: as of any that goes.
+        family.served.renew(entries.iter().map(|(key, _)| key.addr))?;
+        for (key, frontend) in entries {
             if frontend.flags & Frontend::ADDRESS != 0 {
                 A::cluster_ips(self).1.adopt(key.addr);
                 continue;
@@ -329,7 +331,6 @@ impl Writer for MapWriter {
         self.sets.drop_orphans(&mut self.tables)?;
         self.cluster_ips4.drop_orphans(&mut self.tables)?;
         self.cluster_ips6.drop_orphans(&mut self.tables)?;
-        self.tables.renew_served()?;
         self.adopt_cidrs()?;
         self.count();
         Ok(frontends.into_keys().collect())

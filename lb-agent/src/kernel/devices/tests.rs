@@ -15,7 +15,8 @@ use netlink_sys::protocols::NETLINK_ROUTE;
 use nix::sched::{CloneFlags, unshare};
 use rtnetlink::packet_route::RouteNetlinkMessage;
 use rtnetlink::packet_route::tc::TcMessage;
-use rtnetlink::{LinkUnspec, LinkVeth};
+use rtnetlink::{LinkUnspec, LinkVeth, LinkVxlan};
+use std::net::{Ipv4Addr, Ipv6Addr};
 use std::os::fd::AsFd as _;
 
 /// A veth in a network namespace of this thread's own.
@@ -30,6 +31,45 @@ fn veth(name: &str) -> Link {
     });
     let snapshot = Snapshot::take().expect("the devices");
     snapshot.links.into_iter().find(|link| link.name == name).expect("the veth")
+}
+
+/// A vxlan device above another that has those addresses, in a network namespace of this thread's own.
+fn vxlan_above(addresses: &[IpAddr], local: Option<Ipv4Addr>) -> Snapshot {
+    let below = veth("below").index;
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_io().build().expect("a runtime");
+    runtime.block_on(async {
+        let (connection, handle, _) = rtnetlink::new_connection().expect("netlink");
+        tokio::spawn(connection);
+        for ip in addresses {
+            handle.address().add(below, *ip, 24).execute().await.expect("an address");
+        }
+        let vxlan = LinkVxlan::new("vx", 1).port(8472).dev(below);
+        let vxlan = match local {
+            Some(ip) => vxlan.local(ip),
+            None => vxlan,
+        };
+        handle.link().add(vxlan.build()).execute().await.expect("a vxlan device");
+    });
+    Snapshot::take().expect("the devices")
+}
+
+#[test]
+fn overlays_are_carried_between_their_own_addresses_or_those_of_the_device_below() {
+    let [v4, other] = [Ipv4Addr::new(192, 0, 2, 1), Ipv4Addr::new(192, 0, 2, 2)];
+    let v6 = Ipv6Addr::new(0x2001, 0xdb8, 0, 0, 0, 0, 0, 1);
+    let port = NetPort::new(8472);
+    let carried = |local| {
+        std::thread::spawn(move || {
+            unshare(CloneFlags::CLONE_NEWNET).expect(WHY_ROOT);
+            let snapshot = vxlan_above(&[v4.into(), v6.into()], local);
+            carrier(snapshot.links.iter().filter_map(|link| link.vxlan.as_ref()), &snapshot)
+        })
+        .join()
+        .expect("in a namespace of its own")
+    };
+    let below = Carrier { port, addr4: v4.into(), addr6: v6.into(), ..Carrier::default() };
+    assert_eq!(carried(None), below);
+    assert_eq!(carried(Some(other)), Carrier { port, addr4: other.into(), ..Carrier::default() });
 }
 
 fn load(pins: &Pins) -> Ebpf {
