@@ -12,7 +12,7 @@ use lb_stand_in::Api;
 use super::cores;
 use super::load::{Client, Transport, Watching};
 use super::maps;
-use super::mode::{Mode, Site};
+use super::mode::Site;
 use super::plan::Depth;
 use super::results::{Changes, Process, Results};
 use super::services::{Cluster, Kind, Service, Where, counted};
@@ -46,7 +46,7 @@ pub(super) fn measure(
     idle: Option<f64>,
     results: &mut Results,
 ) -> Result<()> {
-    if site.mode == Mode::Direct {
+    if site.mode.is_direct() {
         return Ok(());
     }
     let (mode, services) = (site.mode, cluster.all.len());

@@ -239,7 +239,7 @@ fn starting(mode: Mode, services: usize) -> f64 {
     let n = services as f64 / 1000.0;
     let lab = 0.8;
     lab + match mode {
-        Mode::Direct => 0.0,
+        Mode::Direct | Mode::Hooks => 0.0,
         Mode::Iptables => 0.4 * n.powf(1.2),
         // Measured in pieces: 2 s for 3,000, 24 s for 10,000, 154 s for 30,000.
         Mode::Nftables => 0.3 * n.powf(1.85),
@@ -249,7 +249,7 @@ fn starting(mode: Mode, services: usize) -> f64 {
 
 /// Seconds that changes are measured for in a block.
 fn control(depth: Depth, modes: &[Mode]) -> f64 {
-    let served = modes.iter().filter(|mode| **mode != Mode::Direct).count() as f64;
+    let served = modes.iter().filter(|mode| !mode.is_direct()).count() as f64;
     // All modes are idle at once.
     2.0 * depth.changes().1.as_secs_f64() * 0.4 * served + depth.idle().as_secs_f64() * 1.25
 }

@@ -72,7 +72,7 @@ impl Path {
         };
         let service =
             cluster.measured(kind, round).with_context(|| format!("no Service for {}", self.name()))?;
-        if mode == Mode::Direct {
+        if mode.is_direct() {
             return Ok(service.endpoints.clone());
         }
         let node = cluster.family.pick(lab.node(0).ips());

@@ -56,7 +56,7 @@ fn expected(mode: Mode, path: Path) -> Expected {
         Path::SameNode | Path::OtherNode => false,
         // kube-proxy masquerades whatever is external traffic to it; we only what could not come back otherwise.
         Path::NodePortHere => matches!(mode, Mode::Iptables | Mode::Nftables),
-        Path::NodePortThere | Path::Outside => mode != Mode::Direct,
+        Path::NodePortThere | Path::Outside => !mode.is_direct(),
     };
     Expected {
         seen: if masqueraded { Seen::Node } else { Seen::Client },

@@ -1,6 +1,7 @@
 //! The ways of serving Services that are compared.
 
 mod evidence;
+mod hooks;
 mod kube_proxy;
 mod proxy;
 mod site;
@@ -19,6 +20,9 @@ pub(super) use tools::{Available, Tools};
 pub(super) enum Mode {
     /// By the endpoint's own address, nothing is translated: the limit.
     Direct,
+    /// The same, past programs that do nothing, on both hooks of each device on which ours are: what is left of that limit once
+    /// there are programs.
+    Hooks,
     /// kube-proxy's iptables mode.
     Iptables,
     /// kube-proxy's nftables mode.
@@ -35,8 +39,9 @@ pub(super) enum Mode {
 
 impl Mode {
     /// All of them, in the order in which they are shown.
-    pub(super) const ALL: [Self; 7] = [
+    pub(super) const ALL: [Self; 8] = [
         Self::Direct,
+        Self::Hooks,
         Self::Iptables,
         Self::Nftables,
         Self::Ours,
@@ -49,6 +54,7 @@ impl Mode {
     pub(super) fn name(self) -> &'static str {
         match self {
             Self::Direct => "direct",
+            Self::Hooks => "direct, empty hooks",
             Self::Iptables => "iptables",
             Self::Nftables => "nftables",
             Self::Ours => "ours",
@@ -62,6 +68,7 @@ impl Mode {
     pub(super) fn short(self) -> &'static str {
         match self {
             Self::Direct => "direct",
+            Self::Hooks => "hooks",
             Self::Iptables => "iptables",
             Self::Nftables => "nftables",
             Self::Ours => "ours",
@@ -69,6 +76,11 @@ impl Mode {
             Self::OursRedirect => "redirect",
             Self::OursXdp => "xdp",
         }
+    }
+
+    /// Whether nothing is translated, and nobody serves.
+    pub(super) fn is_direct(self) -> bool {
+        matches!(self, Self::Direct | Self::Hooks)
     }
 
     /// Whether it is one of ours.
@@ -87,10 +99,11 @@ impl Mode {
     }
 
     /// Whether it does anything on a way that the mode it derives from does not: sockets are for pods that ask Services,
-    /// redirecting is for pods at either end, XDP for what comes by the uplink.
+    /// redirecting is for pods at either end, XDP for what comes by the uplink. What programs cost that do nothing is asked for the
+    /// ways for which there are bars beside the direct one.
     pub(super) fn is_for(self, path: Path) -> bool {
         match self {
-            Self::OursSockets => matches!(path, Path::SameNode | Path::OtherNode),
+            Self::Hooks | Self::OursSockets => matches!(path, Path::SameNode | Path::OtherNode),
             Self::OursRedirect => !matches!(path, Path::NodePortThere | Path::Outside),
             Self::OursXdp => path.is_from_outside(),
             _ => true,

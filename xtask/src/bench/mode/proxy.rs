@@ -7,6 +7,7 @@ use anyhow::{Context, Result};
 use serde_json::json;
 
 use super::Mode;
+use super::hooks::Hooks;
 use super::kube_proxy::Running;
 use super::tools::Tools;
 use crate::agent::Agent;
@@ -32,6 +33,8 @@ pub(in crate::bench) struct Programmed {
 pub(super) enum Proxy {
     /// Nothing does.
     None,
+    /// Nothing does, but there are programs.
+    Hooks { _attached: Hooks },
     /// Rules that the harness writes.
     Rules(Mode),
     /// Our agents.
@@ -49,8 +52,10 @@ impl Proxy {
         cluster: &Cluster,
     ) -> Result<(Self, Option<Programmed>)> {
         let nodes = [lab.node(0), lab.node(1)];
-        if mode == Mode::Direct {
-            return Ok((Self::None, None));
+        match mode {
+            Mode::Direct => return Ok((Self::None, None)),
+            Mode::Hooks => return Ok((Self::Hooks { _attached: Hooks::start(lab)? }, None)),
+            _ => {}
         }
         if mode.is_ours() {
             let api = api(lab, cluster)?;
@@ -102,7 +107,7 @@ impl Proxy {
     /// The process on the first node, if there is one.
     pub(super) fn pid(&self) -> Option<u32> {
         match self {
-            Self::None | Self::Rules(_) => None,
+            Self::None | Self::Hooks { .. } | Self::Rules(_) => None,
             Self::Agents { agents, .. } => agents.first().map(Agent::pid),
             Self::KubeProxies { running, .. } => running.first().map(Running::pid),
         }
@@ -111,7 +116,7 @@ impl Proxy {
     /// The API server that it follows, if it does.
     pub(super) fn api(&self) -> Option<&ApiServer> {
         match self {
-            Self::None | Self::Rules(_) => None,
+            Self::None | Self::Hooks { .. } | Self::Rules(_) => None,
             Self::Agents { api, .. } | Self::KubeProxies { api, .. } => Some(api),
         }
     }

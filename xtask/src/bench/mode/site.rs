@@ -75,7 +75,7 @@ impl Site {
             node.sysctl("netfilter.nf_conntrack_tcp_timeout_time_wait", "5")?;
         }
         topology::add_endpoints(&lab)?;
-        if mode == Mode::Direct {
+        if mode.is_direct() {
             topology::route_pods(&lab)?;
         }
         let mut servers = Vec::new();

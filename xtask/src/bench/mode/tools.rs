@@ -4,6 +4,7 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use anyhow::{Context, Result};
+use lb_attach::attach;
 use serde::{Deserialize, Serialize};
 
 use super::Mode;
@@ -77,6 +78,8 @@ impl Tools {
         let flags = mode.agent_flags().join(" ");
         match mode {
             Mode::Direct => Ok("the endpoints' own addresses, routed and bridged: the limit".into()),
+            Mode::Hooks if !attach::has_tcx() => Err("it takes tcx (Linux 6.6)".into()),
+            Mode::Hooks => Ok("the same, past programs that do nothing, where ours would be".into()),
             Mode::Ours => Ok("lb-agent".into()),
             Mode::OursSockets | Mode::OursRedirect | Mode::OursXdp => match flags.split_once('=') {
                 Some((flag, _)) if !self.agent_help.contains(flag) => {
@@ -130,7 +133,9 @@ mod tests {
     fn what_is_missing_is_said() {
         let available = tools(None).available();
         assert_eq!(available.len(), Mode::ALL.len());
-        let missing: Vec<_> = available.iter().filter(|a| a.by.is_err()).map(|a| a.mode).collect();
+        // What the kernel has not is another matter.
+        let missing = available.iter().filter(|a| a.by.is_err() && a.mode != Mode::Hooks);
+        let missing: Vec<_> = missing.map(|a| a.mode).collect();
         assert_eq!(missing, [Mode::OursSockets, Mode::OursRedirect, Mode::OursXdp]);
     }
 

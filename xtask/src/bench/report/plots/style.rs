@@ -39,6 +39,7 @@ pub(super) enum At {
 pub(super) fn color(mode: Mode) -> RGBColor {
     match mode {
         Mode::Direct => RGBColor(90, 90, 90),
+        Mode::Hooks => RGBColor(160, 160, 160),
         Mode::Iptables => RGBColor(213, 94, 0),
         Mode::Nftables => RGBColor(230, 159, 0),
         Mode::Ours => RGBColor(0, 114, 178),
