@@ -86,7 +86,7 @@ fn unknown<A: Wire, P: Packet, K: Tables<A>>(packet: &mut P, kernel: &K, headers
             return Verdict::from_raw(masquerade::new_flow(packet, kernel, headers, device));
         }
     }
-    if masqueraded::may_be(kernel, headers, device) {
+    if may_be_masqueraded && masqueraded::may_be(headers, device) {
         return Verdict::from_raw(masqueraded::keep_port(packet, kernel, headers, device));
     }
     // Nothing was done: it may be an answer that another version's program behind has to see to.

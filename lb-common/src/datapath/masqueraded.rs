@@ -6,7 +6,7 @@
 //! that port, as if we had given it; if it is taken, the flow gets another one, as any other would.
 
 use super::enter::FULL;
-use super::masquerade::{enter, has_port, is_masquerade_port, take_port};
+use super::masquerade::{enter, has_port, take_port};
 use super::parse::{Headers, Wire};
 use super::{FlowRef, Kernel, Outcome, Packet, Put, PutError, Tables, Verdict};
 use crate::maps::{Addr, Device, DeviceIndex, Flow, FrontendKey, Side};
@@ -53,13 +53,11 @@ pub(super) fn keep_port<A: Wire, P: Packet, K: Tables<A>>(
     }
 }
 
-/// Whether it leaves from an address and port that we might masquerade to.
+/// Whether what leaves from a port that we masquerade to leaves from an address that we might masquerade it to, too.
 #[inline(always)]
-pub(super) fn may_be<A: Addr, K: Kernel>(kernel: &K, headers: &Headers<A>, device: &Device) -> bool {
+pub(super) fn may_be<A: Addr>(headers: &Headers<A>, device: &Device) -> bool {
     let key = &headers.key;
-    is_masquerade_port(kernel, key.sport)
-        && key.src == A::masquerade_addr(device)
-        && !key.dst.is_local_scope()
+    key.src == A::masquerade_addr(device) && !key.dst.is_local_scope()
 }
 
 /// Whether such a packet is neither from a socket of the node (whose ports we ask for) nor a Service's.
