@@ -59,7 +59,7 @@ pub struct Args {
     /// Guests at a time
     #[arg(long, value_name = "N", default_value_t = 2, value_parser = clap::value_parser!(u8).range(1..))]
     jobs: u8,
-    /// Seconds that a guest may take: the oldest kernels need 220 or so, emulated on two processors
+    /// Seconds that a guest may take: the oldest kernels have needed 145 to 235, emulated on two processors
     #[arg(long, value_name = "SECONDS", default_value_t = 480)]
     timeout: u64,
 }

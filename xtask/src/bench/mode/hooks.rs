@@ -8,26 +8,18 @@ use lb_attach::snapshot;
 use crate::bench::programs::object;
 use crate::lab::{Host, Lab};
 
-/// Of a site. They go with it.
-#[derive(Debug)]
-pub(super) struct Hooks {
-    _attached: Ebpf,
-}
-
-impl Hooks {
-    /// Puts them on both hooks of the nodes' uplinks, overlays and pods' devices.
-    pub(super) fn start(lab: &Lab) -> Result<Self> {
-        let path = object("lb-ebpf-bench")?;
-        let mut ebpf =
-            EbpfLoader::new().load_file(&path).with_context(|| format!("loading {}", path.display()))?;
-        let empty: &mut SchedClassifier =
-            ebpf.program_mut("empty").context("no program empty")?.try_into().context("program empty")?;
-        empty.load().context("loading the program empty")?;
-        for node in [lab.node(0), lab.node(1)] {
-            attach(node, empty)?;
-        }
-        Ok(Self { _attached: ebpf })
+/// Puts them on both hooks of the nodes' uplinks, overlays and pods' devices. They go with what is returned.
+pub(super) fn start(lab: &Lab) -> Result<Ebpf> {
+    let path = object("lb-ebpf-bench")?;
+    let mut ebpf =
+        EbpfLoader::new().load_file(&path).with_context(|| format!("loading {}", path.display()))?;
+    let empty: &mut SchedClassifier =
+        ebpf.program_mut("empty").context("no program empty")?.try_into().context("program empty")?;
+    empty.load().context("loading the program empty")?;
+    for node in [lab.node(0), lab.node(1)] {
+        attach(node, empty)?;
     }
+    Ok(ebpf)
 }
 
 fn attach(node: &Host, program: &mut SchedClassifier) -> Result<()> {

@@ -21,7 +21,7 @@ pub(super) enum Mode {
     /// By the endpoint's own address, nothing is translated: the limit.
     Direct,
     /// The same, past programs that do nothing, on both hooks of each device on which ours are: what is left of that limit once
-    /// there are programs.
+    /// there are programs. (Only those that send packets past hooks can be faster.)
     Hooks,
     /// kube-proxy's iptables mode.
     Iptables,

@@ -4,10 +4,11 @@ use std::net::SocketAddr;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use anyhow::{Context, Result};
+use aya::Ebpf;
 use serde_json::json;
 
 use super::Mode;
-use super::hooks::Hooks;
+use super::hooks;
 use super::kube_proxy::Running;
 use super::tools::Tools;
 use crate::agent::Agent;
@@ -34,7 +35,7 @@ pub(super) enum Proxy {
     /// Nothing does.
     None,
     /// Nothing does, but there are programs.
-    Hooks { _attached: Hooks },
+    Hooks { _attached: Ebpf },
     /// Rules that the harness writes.
     Rules(Mode),
     /// Our agents.
@@ -54,7 +55,7 @@ impl Proxy {
         let nodes = [lab.node(0), lab.node(1)];
         match mode {
             Mode::Direct => return Ok((Self::None, None)),
-            Mode::Hooks => return Ok((Self::Hooks { _attached: Hooks::start(lab)? }, None)),
+            Mode::Hooks => return Ok((Self::Hooks { _attached: hooks::start(lab)? }, None)),
             _ => {}
         }
         if mode.is_ours() {
