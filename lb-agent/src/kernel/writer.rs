@@ -239,11 +239,9 @@ impl MapWriter {
         if old == Some(value) {
             return Ok(Flipped::Not);
         }
+        let written = A::tables(&mut self.tables).serve(key, value);
+        written.with_context(|| format!("write the frontend {} {}", at.addr(), at.protocol))?;
         self.hold_address::<A>(at, &value)?;
-        if let Err(error) = A::tables(&mut self.tables).serve(key, value) {
-            self.release_address::<A>(at, &value)?;
-            return Err(error).with_context(|| format!("write the frontend {} {}", at.addr(), at.protocol));
-        }
         self.frontends[usize::from(!A::IS_V4)] += usize::from(old.is_none());
         self.names.hold(sets.service);
         Ok(Flipped::From(old))
@@ -298,10 +296,15 @@ impl MapWriter {
 
     fn hold_address<A: Own>(&mut self, at: &FrontendAddr, value: &Frontend) -> Result<()> {
         if value.kind == kind(FrontendKind::ClusterIp) {
-            let (tables, ips) = A::cluster_ips(self);
-            ips.hold(tables, addr(at.addr().ip())?)?;
+            A::cluster_ips(self).1.hold(addr(at.addr().ip())?);
         }
         Ok(())
+    }
+
+    /// The new addresses themselves, all of whose ports are written.
+    fn settle_addresses(&mut self) -> Result<()> {
+        let v4 = self.cluster_ips4.settle(&mut self.tables);
+        v4.and(self.cluster_ips6.settle(&mut self.tables))
     }
 
     fn release_address<A: Own>(&mut self, at: &FrontendAddr, value: &Frontend) -> Result<()> {
@@ -331,6 +334,7 @@ impl Writer for MapWriter {
         self.sets.drop_orphans(&mut self.tables)?;
         self.cluster_ips4.drop_orphans(&mut self.tables)?;
         self.cluster_ips6.drop_orphans(&mut self.tables)?;
+        self.settle_addresses()?;
         self.adopt_cidrs()?;
         self.count();
         Ok(frontends.into_keys().collect())
@@ -354,6 +358,7 @@ impl Writer for MapWriter {
             };
             failed.extend(result.err());
         }
+        failed.extend(self.settle_addresses().err());
         let count = failed.len();
         let result = match failed.into_iter().next() {
             None => self.sets.settle(&mut self.tables),

@@ -12,18 +12,21 @@ use std::net::IpAddr;
 #[derive(Debug)]
 pub(super) struct ClusterIps<A> {
     frontends: HashMap<A, u32>,
+    /// Those of them that are not in the map yet. An address comes after all of its ports: before, it would refuse those that
+    /// are still to come, and with them what kube-proxy's rules serve there.
+    new: Vec<A>,
     /// Of all of them, as written. It only grows: too large costs a look-up now and then.
     range: Option<IpNet>,
 }
 
 impl<A> Default for ClusterIps<A> {
     fn default() -> Self {
-        Self { frontends: HashMap::new(), range: None }
+        Self { frontends: HashMap::new(), new: Vec::new(), range: None }
     }
 }
 
 impl<A: NodeAddr> ClusterIps<A> {
-    /// How many are in the map.
+    /// How many are in the map, or will be once they are [`settle`](Self::settle)d.
     pub(super) fn len(&self) -> usize {
         self.frontends.len()
     }
@@ -43,22 +46,41 @@ impl<A: NodeAddr> ClusterIps<A> {
         Ok(())
     }
 
-    /// Counts a frontend of the address; the first one makes its other ports refuse.
-    pub(super) fn hold(&mut self, tables: &mut Tables, addr: A) -> Result<()> {
-        self.widen(tables, addr)?;
+    /// Counts a frontend of the address.
+    pub(super) fn hold(&mut self, addr: A) {
         let count = self.frontends.entry(addr).or_default();
         if *count == 0 {
-            let flags = Frontend::ADDRESS | Frontend::REJECT_OTHER_PORTS;
-            let value = Frontend {
-                flags,
-                kind: super::kind(crate::model::FrontendKind::ClusterIp),
-                ..Frontend::default()
-            };
-            let written = A::tables(tables).serve(FrontendKey::address(addr), value);
-            written.with_context(|| format!("write the ClusterIP {}", addr.into()))?;
+            self.new.push(addr);
         }
         *count += 1;
-        Ok(())
+    }
+
+    /// Makes the other ports of addresses that are new refuse. What could not be written is tried again by the next call.
+    pub(super) fn settle(&mut self, tables: &mut Tables) -> Result<()> {
+        let mut result = Ok(());
+        for addr in std::mem::take(&mut self.new) {
+            // It may have gone again meanwhile.
+            if !self.frontends.contains_key(&addr) {
+                continue;
+            }
+            let written = self.write(tables, addr);
+            if written.is_err() {
+                self.new.push(addr);
+            }
+            result = result.and(written);
+        }
+        result
+    }
+
+    fn write(&mut self, tables: &mut Tables, addr: A) -> Result<()> {
+        self.widen(tables, addr)?;
+        let value = Frontend {
+            flags: Frontend::ADDRESS | Frontend::REJECT_OTHER_PORTS,
+            kind: super::kind(crate::model::FrontendKind::ClusterIp),
+            ..Frontend::default()
+        };
+        let written = A::tables(tables).serve(FrontendKey::address(addr), value);
+        written.with_context(|| format!("write the ClusterIP {}", addr.into()))
     }
 
     /// The last frontend of the address takes it with it.

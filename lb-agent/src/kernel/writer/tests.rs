@@ -354,6 +354,44 @@ fn an_endpoint_that_still_serves_keeps_its_flows() {
 }
 
 #[test]
+fn an_address_refuses_other_ports_only_when_its_own_are_there() {
+    let bpffs = Bpffs::new();
+    let (mut writer, _) = bpffs.writer();
+    let ips: Vec<_> = (0..250).map(|last| std::net::Ipv4Addr::new(10, 96, 0, last)).collect();
+    let ports = |ip: &std::net::Ipv4Addr| {
+        [Protocol::Tcp, Protocol::Udp].map(|protocol| at(&format!("{ip}:53"), protocol))
+    };
+    let dns = |at| (at, Arc::new(frontend("dns", endpoints(&["10.42.0.5:53"]))));
+    let upserts = ips.iter().flat_map(ports).map(dns).collect();
+    let (tables, watching) = (bpffs.tables(), AtomicBool::new(false));
+    std::thread::scope(|scope| {
+        let reader = scope.spawn(|| {
+            let is_there = |key| tables.v4.frontends.get(&key, 0).is_ok();
+            let (first, last) = (ips[0], ips[ips.len() - 1]);
+            let start = Instant::now();
+            watching.store(true, Relaxed);
+            while !is_there(FrontendKey::address(first.into()))
+                && !is_there(FrontendKey::address(last.into()))
+            {
+                assert!(start.elapsed() < Duration::from_secs(20), "no address is written");
+            }
+            for &ip in &ips {
+                for proto in [6, 17] {
+                    let port = FrontendKey::new(ip.into(), NetPort::new(53), proto);
+                    assert!(is_there(port), "{ip} may refuse its port of protocol {proto}");
+                }
+            }
+        });
+        while !watching.load(Relaxed) {
+            std::thread::yield_now();
+        }
+        writer.apply(&Diff { upserts, ..Diff::default() }).expect("write");
+        reader.join().expect("no port was refused");
+    });
+    counts_are_right(&writer);
+}
+
+#[test]
 fn a_frontend_never_points_to_a_missing_slot() {
     let bpffs = Bpffs::new();
     let (mut writer, _) = bpffs.writer();

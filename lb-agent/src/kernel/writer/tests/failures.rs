@@ -71,14 +71,29 @@ fn a_cluster_ip_without_room_for_its_address_is_tried_again() {
     put(&mut writer, a, frontend("a", many(1, 1)));
     let before = bpffs.state();
     let diff = upserts(vec![(b, frontend("b", many(1, 1)))]);
+    let address = |at: FrontendAddr| match at.addr().ip() {
+        std::net::IpAddr::V4(ip) => FrontendKey::address(ip.into()),
+        std::net::IpAddr::V6(ip) => panic!("{ip}"),
+    };
+    // The port is served all the same.
     for _ in 0..2 {
-        assert!(writer.apply(&diff).is_err());
-        assert_eq!(bpffs.state().front4, before.front4);
-        assert_eq!((bpffs.state().slot4, bpffs.state().names), (before.slot4.clone(), before.names.clone()));
+        let error = writer.apply(&diff).expect_err("there is no room");
+        assert!(format!("{error:#}").contains("write the ClusterIP 10.96.0.2"), "{error:#}");
+        let state = bpffs.state();
+        assert_eq!((state.front4.len(), state.slot4.len(), state.names.len()), (3, 2, 2));
+        assert!(!state.front4.contains_key(&address(b)));
     }
-    delete(&mut writer, a);
-    writer.apply(&diff).expect("there is room");
-    assert_eq!(bpffs.state().front4.len(), 2);
+    // Nothing is left of it if it goes without having had its address.
+    delete(&mut writer, b);
+    assert_eq!(bpffs.state().front4, before.front4);
+    assert_eq!((bpffs.state().slot4, bpffs.state().names), (before.slot4, before.names));
+
+    assert!(writer.apply(&diff).is_err());
+    let same_and_room = Diff { deletes: vec![a], ..diff };
+    writer.apply(&same_and_room).expect("there is room");
+    let state = bpffs.state();
+    assert_eq!(state.front4.len(), 2);
+    assert!(state.front4.contains_key(&address(b)));
 }
 
 /// Flows of a former life of the endpoint do not hide those of now.
