@@ -85,8 +85,19 @@ pub fn output(command: &mut Command) -> Result<String> {
 pub fn cargo() -> Command {
     let mut cargo = Command::new(std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into()));
     cargo.current_dir(workspace());
+    // What `cargo run` and `cargo test` say of the package that they run. A build script that asks to be run again when it
+    // changes (ring's does) would be whenever this tool is started in another way than the last time, and all that is built
+    // on it, the agent included, built again.
+    for (name, _) in std::env::vars_os() {
+        if name.to_str().is_some_and(|name| OF_A_PACKAGE.iter().any(|prefix| name.starts_with(prefix))) {
+            cargo.env_remove(name);
+        }
+    }
     cargo
 }
+
+/// How the variables begin that cargo sets for one package.
+const OF_A_PACKAGE: [&str; 3] = ["CARGO_MANIFEST_", "CARGO_PKG_", "CARGO_BIN_"];
 
 /// The workspace's root, where this tool was built.
 pub fn workspace() -> &'static Path {
@@ -104,6 +115,17 @@ mod tests {
             missing(&[("dash", "sh"), ("some-package", "no-such-program")]),
             [("some-package", "no-such-program")]
         );
+    }
+
+    #[test]
+    fn a_build_does_not_depend_on_who_starts_it() {
+        assert!(std::env::var_os("CARGO_PKG_NAME").is_some(), "a test run by cargo has it");
+        let removed: Vec<_> =
+            cargo().get_envs().filter(|(_, to)| to.is_none()).map(|(name, _)| name.to_owned()).collect();
+        for name in ["CARGO_MANIFEST_DIR", "CARGO_PKG_NAME", "CARGO_PKG_VERSION_PRE"] {
+            assert!(removed.contains(&name.into()), "{name}");
+        }
+        assert!(!removed.contains(&"CARGO_HOME".into()));
     }
 
     #[test]
