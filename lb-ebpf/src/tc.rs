@@ -183,17 +183,19 @@ impl Skb {
 impl Packet for Skb {
     #[inline(always)]
     fn read<T: Pod>(&self, offset: usize) -> Option<T> {
+        // Else not linear, or too short.
+        self.linear(offset).or_else(|| self.load(offset))
+    }
+
+    #[inline(always)]
+    fn linear<T: Pod>(&self, offset: usize) -> Option<T> {
         // SAFETY: the context is valid; the verifier insists on the comparison before the access. Packet data is at
         // least two-byte aligned and the kernels that we run on read wider words at any address.
         unsafe {
             let data = (*self.0).data as usize;
             let end = (*self.0).data_end as usize;
-            if data + offset + size_of::<T>() <= end {
-                return Some(*((data + offset) as *const T));
-            }
+            (data + offset + size_of::<T>() <= end).then(|| *((data + offset) as *const T))
         }
-        // Not linear, or too short.
-        self.load(offset)
     }
 
     #[inline(always)]

@@ -38,32 +38,39 @@ fn whole<A: Wire, P: Packet, K: Tables<A>>(packet: &mut P, kernel: &K, headers: 
         return Verdict::Leave;
     }
     let mut found = if may_be_known { kernel.flow(&headers.key) } else { None };
-    if let Some(entry) = &found
-        && let Some(verdict) = known(packet, kernel, headers, entry)
-    {
-        return verdict;
+    let mut step = found.as_ref().and_then(|entry| known(kernel, headers, entry));
+    if step.is_none() {
+        let Some(headers) = kernel.launder(headers) else { return Verdict::Pass };
+        if let Some(entry) = &found
+            && entry.get().flags & Flow::<A>::DNAT == 0
+        {
+            // Over: its port may be another's by now, and what closed it says nothing of the connection that begins.
+            forget(kernel, entry.get());
+            found = None;
+        }
+        if found.is_none() {
+            match if may_be_known { missing(kernel, headers) } else { UNKNOWN } {
+                REPAIRED => found = kernel.flow(&headers.key),
+                UNKNOWN => return unknown(packet, kernel, headers),
+                _ => return Verdict::Leave,
+            }
+        }
+        let Some(entry) = &found else { return Verdict::Pass };
+        step = known(kernel, headers, entry);
+        if step.is_none() {
+            return Verdict::from_raw(masquerade::decide(packet, kernel, headers, entry));
+        }
     }
-    let Some(headers) = kernel.launder(headers) else { return Verdict::Pass };
-    if let Some(entry) = &found
-        && entry.get().flags & Flow::<A>::DNAT == 0
-    {
-        // Over: its port may be another's by now, and what closed it says nothing of the connection that begins.
-        forget(kernel, entry.get());
-        found = None;
+    let (Some(entry), Some(step)) = (found, step) else { return Verdict::Pass };
+    // One rewrite in the program, whichever way led here.
+    match step {
+        Step::Back => done(back(packet, headers, entry.get())),
+        Step::Masquerade => {
+            done(rewrite(packet, headers, End::Source, entry.get().masq, entry.get().masq_port))
+        }
+        Step::Untouched => Verdict::Pass,
+        Step::Held => Verdict::Drop(Reason::HandedOver),
     }
-    let entry = match found {
-        Some(entry) => entry,
-        None => match if may_be_known { missing(kernel, headers) } else { UNKNOWN } {
-            REPAIRED => match kernel.flow(&headers.key) {
-                Some(entry) => entry,
-                None => return Verdict::Pass,
-            },
-            UNKNOWN => return unknown(packet, kernel, headers),
-            _ => return Verdict::Leave,
-        },
-    };
-    known(packet, kernel, headers, &entry)
-        .unwrap_or_else(|| Verdict::from_raw(masquerade::decide(packet, kernel, headers, &entry)))
 }
 
 /// A packet of no known flow. Most are none of ours: what tells so comes first, and nothing is called for them.
@@ -116,19 +123,27 @@ fn missing<A: Wire, K: Tables<A>>(kernel: &K, headers: &Headers<A>) -> u32 {
     }
 }
 
+/// What an entry says is to be done with a packet.
+#[derive(Clone, Copy)]
+enum Step {
+    /// It is a backend's, and becomes the Service's.
+    Back,
+    /// Its source becomes the masquerade address.
+    Masquerade,
+    /// Nothing.
+    Untouched,
+    /// It must not go on just now.
+    Held,
+}
+
 /// What the entry says; nothing if the source has still to be decided on, or anew.
 #[inline(always)]
-fn known<A: Wire, P: Packet, K: Tables<A>>(
-    packet: &mut P,
-    kernel: &K,
-    headers: &Headers<A>,
-    entry: &FlowRef<'_, A>,
-) -> Option<Verdict> {
+fn known<A: Wire, K: Tables<A>>(kernel: &K, headers: &Headers<A>, entry: &FlowRef<'_, A>) -> Option<Step> {
     let flow = entry.get();
     match Side::from_raw(flow.side) {
         Some(Side::Reply) => {
             entry.seen(kernel.now(), headers.state() | Flow::<A>::SEEN);
-            Some(done(back(packet, headers, flow)))
+            Some(Step::Back)
         }
         Some(Side::Forward)
             if flow.flags & (Flow::<A>::MASQ_DONE | Flow::<A>::DNAT) == Flow::<A>::MASQ_DONE
@@ -141,19 +156,19 @@ fn known<A: Wire, P: Packet, K: Tables<A>>(
             if entry.seen(kernel.now(), headers.state() | Flow::<A>::SEEN) {
                 masquerade::renew(kernel, flow);
             }
-            Some(done(rewrite(packet, headers, End::Source, flow.masq, flow.masq_port)))
+            Some(Step::Masquerade)
         }
         Some(Side::Forward) if flow.flags & (Flow::<A>::MASQ_NEEDED | Flow::<A>::MASQ_UNDECIDED) == 0 => {
             entry.seen(kernel.now(), headers.state() | Flow::<A>::SEEN);
-            Some(Verdict::Pass)
+            Some(Step::Untouched)
         }
         Some(Side::Forward) => {
             entry.seen(kernel.now(), headers.state());
             None
         }
-        Some(Side::Held) => Some(Verdict::Drop(Reason::HandedOver)),
+        Some(Side::Held) => Some(Step::Held),
         // Entries of the ingress hook: a packet that has not been through it.
-        Some(Side::Front | Side::Back | Side::Foreign) | None => Some(Verdict::Pass),
+        Some(Side::Front | Side::Back | Side::Foreign) | None => Some(Step::Untouched),
     }
 }
 

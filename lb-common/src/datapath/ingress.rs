@@ -169,12 +169,12 @@ pub(super) fn onward<A: Wire, P: Packet>(packet: &mut P, headers: &Headers<A>, f
 
 #[inline(always)]
 fn translate<A: Wire, P: Packet>(packet: &mut P, headers: &Headers<A>, flow: &Flow<A>) -> Result<(), Reason> {
-    if flow.side == Side::Back as u8 {
-        // An echo's identifier is the source port of the request and the destination port of the reply.
-        return rewrite(packet, headers, End::Destination, flow.client, flow.alias_port);
-    }
-    rewrite(packet, headers, End::Destination, flow.backend, flow.backend_port)?;
-    if flow.alias_port != headers.key.sport {
+    let is_back = flow.side == Side::Back as u8;
+    // One rewrite in the program. An echo's identifier is the source port of the request and the destination port of the reply.
+    let (addr, port) =
+        if is_back { (flow.client, flow.alias_port) } else { (flow.backend, flow.backend_port) };
+    rewrite(packet, headers, End::Destination, addr, port)?;
+    if !is_back && flow.alias_port != headers.key.sport {
         new_port(packet, headers, End::Source, flow.alias_port)?;
     }
     Ok(())

@@ -243,6 +243,10 @@ impl Reason {
 pub trait Packet {
     /// Reads at an offset known at compile time.
     fn read<T: Pod>(&self, offset: usize) -> Option<T>;
+    /// The same of the packet's linear part only, in which everything is up to what was written last: less code, and less stack.
+    fn linear<T: Pod>(&self, offset: usize) -> Option<T> {
+        self.read(offset)
+    }
     /// Reads at any offset.
     fn load<T: Pod>(&self, offset: usize) -> Option<T>;
     /// Writes at any offset. Checksums are the caller's business.

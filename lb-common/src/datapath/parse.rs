@@ -1,8 +1,9 @@
 //! From bytes to a tuple. Bounded, and never past the end.
 
+use super::rewrite::End;
 use super::{Packet, Reason, fragments};
 use crate::addr::{Ip4, Ip6, NetPort};
-use crate::checksum::Sum;
+use crate::checksum::{Sum, update};
 use crate::maps::{Addr, FlowKey, FragmentKey};
 use bytemuck::{Pod, Zeroable};
 
@@ -128,6 +129,38 @@ pub(super) struct IpHeader<A> {
     pub(super) more_fragments: u16,
 }
 
+/// The end of a plain IPv4 header and the ports behind it.
+#[repr(C)]
+#[derive(Clone, Copy, Pod, Zeroable)]
+struct Ipv4Ends {
+    ttl: u8,
+    proto: u8,
+    checksum: u16,
+    src: Ip4,
+    dst: Ip4,
+    sport: NetPort,
+    dport: NetPort,
+}
+
+/// The addresses of a plain IPv6 header and the ports behind it.
+#[repr(C, packed)]
+#[derive(Clone, Copy, Pod, Zeroable)]
+struct Ipv6Ends {
+    src: Ip6,
+    dst: Ip6,
+    sport: NetPort,
+    dport: NetPort,
+}
+
+/// The same without the source.
+#[repr(C, packed)]
+#[derive(Clone, Copy, Pod, Zeroable)]
+struct Ipv6End {
+    dst: Ip6,
+    sport: NetPort,
+    dport: NetPort,
+}
+
 /// The part of the family that is about bytes.
 pub trait Wire: Addr {
     /// Length of the header without options.
@@ -158,6 +191,9 @@ pub trait Wire: Addr {
     fn plain<P: Packet>(packet: &P) -> Option<u16>;
     /// Counts a plain header down. The sum over its addresses has changed by `change`.
     fn one_hop_less<P: Packet>(packet: &mut P, change: Sum) -> Result<(), Reason>;
+    /// Puts an address and a port at one end of a packet whose ports are right behind a plain header, and corrects the header's
+    /// checksum, if it has one: all in one write. The transport checksum has been written before.
+    fn store_end<P: Packet>(packet: &mut P, end: End, addr: Self, port: NetPort) -> Result<(), Reason>;
     /// What a header's first word says of congestion (RFC 3168).
     fn ecn(head: u32) -> u8;
     #[doc(hidden)]
@@ -248,6 +284,24 @@ impl Wire for Ip4 {
         let new = u16::from_be(old).wrapping_sub(0x100).to_be();
         packet.l3_checksum(ETH + 10, change.plus(Sum::diff16(old, new)))?;
         packet.store(ETH + Self::TTL, &new)
+    }
+
+    #[inline(always)]
+    fn store_end<P: Packet>(packet: &mut P, end: End, addr: Self, port: NetPort) -> Result<(), Reason> {
+        let at = ETH + Self::TTL;
+        let mut ends: Ipv4Ends = packet.linear(at).ok_or(Reason::Malformed)?;
+        let old = match end {
+            End::Source => {
+                ends.sport = port;
+                core::mem::replace(&mut ends.src, addr)
+            }
+            End::Destination => {
+                ends.dport = port;
+                core::mem::replace(&mut ends.dst, addr)
+            }
+        };
+        ends.checksum = update(ends.checksum, Self::diff(old, addr));
+        packet.store(at, &ends)
     }
 
     #[inline(always)]
@@ -354,6 +408,22 @@ impl Wire for Ip6 {
     fn one_hop_less<P: Packet>(packet: &mut P, _: Sum) -> Result<(), Reason> {
         let limit: u8 = packet.read(ETH + Self::TTL).ok_or(Reason::Malformed)?;
         packet.store(ETH + Self::TTL, &limit.wrapping_sub(1))
+    }
+
+    #[inline(always)]
+    fn store_end<P: Packet>(packet: &mut P, end: End, addr: Self, port: NetPort) -> Result<(), Reason> {
+        const PORTS: usize = ETH + Ip6::HEADER;
+        match end {
+            End::Source => {
+                let dst = packet.linear(ETH + Self::DST).ok_or(Reason::Malformed)?;
+                let dport = packet.linear(PORTS + 2).ok_or(Reason::Malformed)?;
+                packet.store(ETH + Self::SRC, &Ipv6Ends { src: addr, dst, sport: port, dport })
+            }
+            End::Destination => {
+                let sport = packet.linear(PORTS).ok_or(Reason::Malformed)?;
+                packet.store(ETH + Self::DST, &Ipv6End { dst: addr, sport, dport: port })
+            }
+        }
     }
 
     #[inline(always)]

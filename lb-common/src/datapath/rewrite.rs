@@ -8,7 +8,7 @@ use crate::checksum::Sum;
 /// Which end of a packet.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[repr(u8)]
-pub(super) enum End {
+pub enum End {
     Source,
     Destination,
 }
@@ -53,23 +53,57 @@ pub(super) fn rewrite<A: Wire, P: Packet>(
     port: NetPort,
 ) -> Result<(), Reason> {
     let (old_addr, old_port) = end.of(headers);
+    if addr == old_addr && port == old_port {
+        return Ok(());
+    }
+    transport(packet, headers, (old_addr, addr), (old_port, port))?;
+    if matches!(headers.kind, Kind::Tcp(_) | Kind::Udp) && headers.l4 == ETH + A::HEADER {
+        A::store_end(packet, end, addr, port)
+    } else {
+        store_parts(packet, headers, end, addr, port)
+    }
+}
+
+/// The transport checksum's part of it.
+#[inline(always)]
+fn transport<A: Wire, P: Packet>(
+    packet: &mut P,
+    headers: &Headers<A>,
+    (old_addr, addr): (A, A),
+    (old_port, port): (NetPort, NetPort),
+) -> Result<(), Reason> {
     let checksum = headers.l4 + checksum_offset(headers.kind);
     // In IPv6 too: none is allowed to tunnels (RFC 6935), and one that computes to zero must not look like none.
     let zero_is_none = headers.kind == Kind::Udp;
-    if addr != old_addr {
+    // ICMPv4 alone has no pseudo header.
+    if addr != old_addr && (!A::IS_V4 || headers.key.proto != A::ICMP) {
         let change = A::diff(old_addr, addr);
-        if let Some(offset) = A::CHECKSUM {
-            packet.l3_checksum(ETH + offset, change)?;
-        }
-        // ICMPv4 alone has no pseudo header.
-        if !A::IS_V4 || headers.key.proto != A::ICMP {
-            packet.l4_checksum(checksum, change, Covered { pseudo_header: true, zero_is_none })?;
-        }
-        packet.store(ETH + end.addr_offset::<A>(), &addr)?;
+        packet.l4_checksum(checksum, change, Covered { pseudo_header: true, zero_is_none })?;
     }
     if port != old_port {
         let change = Sum::diff16(old_port.wire(), port.wire());
         packet.l4_checksum(checksum, change, Covered { pseudo_header: false, zero_is_none })?;
+    }
+    Ok(())
+}
+
+/// All but the transport checksum, field by field: behind options or extension headers, or an echo's identifier.
+#[inline(always)]
+fn store_parts<A: Wire, P: Packet>(
+    packet: &mut P,
+    headers: &Headers<A>,
+    end: End,
+    addr: A,
+    port: NetPort,
+) -> Result<(), Reason> {
+    let (old_addr, old_port) = end.of(headers);
+    if addr != old_addr {
+        if let Some(offset) = A::CHECKSUM {
+            packet.l3_checksum(ETH + offset, A::diff(old_addr, addr))?;
+        }
+        packet.store(ETH + end.addr_offset::<A>(), &addr)?;
+    }
+    if port != old_port {
         packet.store(headers.l4 + end.port_offset(headers.kind), &port)?;
     }
     Ok(())
@@ -83,8 +117,11 @@ pub(super) fn new_port<A: Wire, P: Packet>(
     end: End,
     port: NetPort,
 ) -> Result<(), Reason> {
-    let (addr, _) = end.of(headers);
-    rewrite(packet, headers, end, addr, port)
+    let (_, old) = end.of(headers);
+    let covered = Covered { pseudo_header: false, zero_is_none: headers.kind == Kind::Udp };
+    let change = Sum::diff16(old.wire(), port.wire());
+    packet.l4_checksum(headers.l4 + checksum_offset(headers.kind), change, covered)?;
+    packet.store(headers.l4 + end.port_offset(headers.kind), &port)
 }
 
 /// Puts `addr` at one end of a packet without a transport header: a later fragment.
