@@ -1,13 +1,14 @@
 //! What there is to beat: the least that a program can do for a packet with the same maps and helpers. TCP and UDP
 //! without options, nothing else; a packet of any other kind is dropped, so that a wrong one shows.
 
-use aya_ebpf::bindings::{__sk_buff, BPF_F_NO_PREALLOC, BPF_F_PSEUDO_HDR, TC_ACT_SHOT, TC_ACT_UNSPEC};
+use aya_ebpf::bindings::{BPF_F_NO_PREALLOC, BPF_F_PSEUDO_HDR, TC_ACT_SHOT, TC_ACT_UNSPEC};
 use aya_ebpf::helpers::generated as helpers;
 use aya_ebpf::macros::{classifier, map};
 use aya_ebpf::maps::HashMap;
 use aya_ebpf::programs::TcContext;
 use lb_common::addr::{Ip4, Ip6, NetPort};
-use lb_common::maps::{FlowKey, FrontendKey};
+use lb_common::checksum::update;
+use lb_common::maps::{Addr, FlowKey, FrontendKey};
 
 /// Where a destination becomes another.
 #[repr(C)]
@@ -29,7 +30,7 @@ static BARE_FRONT6: HashMap<FrontendKey<Ip6>, u64> = HashMap::with_max_entries(1
 
 const ETHERNET: usize = 14;
 
-trait Bare: Copy {
+trait Bare: Addr {
     /// End of the IP header.
     const IP: usize;
     /// Offsets of the destination address.
@@ -37,8 +38,37 @@ trait Bare: Copy {
     const PROTO: usize;
     fn flow(key: &FlowKey<Self>) -> Option<To<Self>>;
     fn front(key: &FrontendKey<Self>) -> bool;
-    /// Checksum differences, whether for the IP header or not, from one address to another.
-    fn address(skb: *mut __sk_buff, l4: u32, old: &Self, new: &Self) -> bool;
+    /// Writes the destination, and what lies between address and port, by one helper.
+    fn store(ctx: &TcContext, key: &FlowKey<Self>, to: &To<Self>) -> Option<()>;
+}
+
+/// From an IPv4 header's time to live to the ports.
+#[repr(C)]
+struct Ends {
+    ttl_and_proto: u16,
+    checksum: u16,
+    src: Ip4,
+    dst: Ip4,
+    sport: NetPort,
+    dport: NetPort,
+}
+
+/// From an IPv6 header's destination to the ports.
+#[repr(C, packed)]
+struct End {
+    dst: Ip6,
+    sport: NetPort,
+    dport: NetPort,
+}
+
+#[inline(always)]
+fn store<T>(ctx: &TcContext, offset: usize, value: &T) -> Option<()> {
+    // SAFETY: the helper reads as many bytes as it is told of.
+    let result = unsafe {
+        let from = (&raw const *value).cast();
+        helpers::bpf_skb_store_bytes(ctx.skb.skb.cast(), offset as u32, from, size_of::<T>() as u32, 0)
+    };
+    (result == 0).then_some(())
 }
 
 impl Bare for Ip4 {
@@ -58,13 +88,18 @@ impl Bare for Ip4 {
     }
 
     #[inline(always)]
-    fn address(skb: *mut __sk_buff, l4: u32, old: &Self, new: &Self) -> bool {
-        let (old, new) = (u64::from(old.wire()), u64::from(new.wire()));
-        // SAFETY: no pointers but the context.
-        unsafe {
-            helpers::bpf_l3_csum_replace(skb, ETHERNET as u32 + 10, old, new, 4) == 0
-                && helpers::bpf_l4_csum_replace(skb, l4, old, new, u64::from(BPF_F_PSEUDO_HDR) | 4) == 0
+    fn store(ctx: &TcContext, key: &FlowKey<Self>, to: &To<Self>) -> Option<()> {
+        const AT: usize = ETHERNET + 8;
+        let (data, end) = (ctx.data(), ctx.data_end());
+        if data + AT + 4 > end {
+            return None;
         }
+        // SAFETY: within the bounds just checked; BPF loads need no alignment.
+        let (ttl_and_proto, checksum) =
+            unsafe { (*((data + AT) as *const u16), *((data + AT + 2) as *const u16)) };
+        let checksum = update(checksum, Self::diff(key.dst, to.addr));
+        let FlowKey { src, sport, .. } = *key;
+        store(ctx, AT, &Ends { ttl_and_proto, checksum, src, dst: to.addr, sport, dport: to.port })
     }
 }
 
@@ -85,13 +120,8 @@ impl Bare for Ip6 {
     }
 
     #[inline(always)]
-    fn address(skb: *mut __sk_buff, l4: u32, old: &Self, new: &Self) -> bool {
-        let (mut old, mut new) = (*old, *new);
-        // SAFETY: both are sixteen bytes, which the helper reads.
-        unsafe {
-            let difference = helpers::bpf_csum_diff((&raw mut old).cast(), 16, (&raw mut new).cast(), 16, 0);
-            helpers::bpf_l4_csum_replace(skb, l4, 0, difference as u64, u64::from(BPF_F_PSEUDO_HDR)) == 0
-        }
+    fn store(ctx: &TcContext, key: &FlowKey<Self>, to: &To<Self>) -> Option<()> {
+        store(ctx, Self::DST, &End { dst: to.addr, sport: key.sport, dport: to.port })
     }
 }
 
@@ -123,27 +153,14 @@ fn rewrite<A: Bare>(ctx: &TcContext) -> Option<()> {
     let to = A::flow(&key)?;
     let skb = ctx.skb.skb;
     let l4 = A::IP as u32 + if key.proto == 6 { 16 } else { 6 };
+    let address = u64::from(A::diff(key.dst, to.addr).0);
     let (old, new) = (u64::from(key.dport.wire()), u64::from(to.port.wire()));
-    // SAFETY: the helper reads as many bytes as it is told of.
-    let done = A::address(skb, l4, &key.dst, &to.addr)
-        && unsafe {
-            helpers::bpf_l4_csum_replace(skb, l4, old, new, 2) == 0
-                && helpers::bpf_skb_store_bytes(
-                    skb.cast(),
-                    A::DST as u32,
-                    (&raw const to.addr).cast(),
-                    size_of::<A>() as u32,
-                    0,
-                ) == 0
-                && helpers::bpf_skb_store_bytes(
-                    skb.cast(),
-                    A::IP as u32 + 2,
-                    (&raw const to.port).cast(),
-                    2,
-                    0,
-                ) == 0
-        };
-    done.then_some(())
+    // SAFETY: no pointers but the context.
+    let done = unsafe {
+        helpers::bpf_l4_csum_replace(skb, l4, 0, address, u64::from(BPF_F_PSEUDO_HDR)) == 0
+            && helpers::bpf_l4_csum_replace(skb, l4, old, new, 2) == 0
+    };
+    if done { A::store(ctx, &key, &to) } else { None }
 }
 
 #[inline(always)]
