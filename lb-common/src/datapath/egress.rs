@@ -39,6 +39,7 @@ fn whole<A: Wire, P: Packet, K: Tables<A>>(packet: &mut P, kernel: &K, headers: 
     }
     let mut found = if may_be_known { kernel.flow(&headers.key) } else { None };
     let mut step = found.as_ref().and_then(|entry| known(kernel, headers, entry));
+    // Not a function of its own that says an entry or a verdict: both would share a register, which the verifier refuses.
     if step.is_none() {
         let Some(headers) = kernel.launder(headers) else { return Verdict::Pass };
         if let Some(entry) = &found
